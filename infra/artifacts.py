@@ -1,0 +1,43 @@
+"""Where a step's output lies, and how a step says that it is done.
+
+Path = step name + hash of the whole config, the step's schema version and the inputs' hashes. The manifest
+is written last; its presence means done, so a rerun is a no-op and two configs never overwrite each other.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from infra.store import Store
+
+MANIFEST = "manifest.json"
+
+
+def digest(*facts: Any) -> str:
+    """16 hex digits over dataclasses, lists, dicts and scalars, independent of process and machine."""
+    text = json.dumps(facts, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def step_path(step: str, schema: int, config: Any, inputs: Sequence[str] = ()) -> str:
+    """`<step>/<hash>`: the folder, relative to the store's root, of this step's output."""
+    return f"{step}/{digest(step, schema, config, list(inputs))}"
+
+
+def read_manifest(store: Store, path: str) -> dict[str, Any] | None:
+    """The manifest of a finished step, or None."""
+    key = f"{path}/{MANIFEST}"
+    return json.loads(store.read(key)) if store.exists(key) else None
+
+
+def write_manifest(store: Store, path: str, content: dict[str, Any]) -> None:
+    """Declare the step done. Racing writers of one path hold equal content, so the first one stays."""
+    store.create(f"{path}/{MANIFEST}", json.dumps(content, indent=1, default=_plain).encode())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} has no place in a config or manifest")

@@ -1,0 +1,9 @@
+"""The one error that users see."""
+
+
+class TesseraError(Exception):
+    """Bad input, configuration or environment, told in one sentence that names the culprit.
+
+    Entry points print its text alone and exit with 1; every other exception is a bug of ours and keeps
+    its traceback.
+    """

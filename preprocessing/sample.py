@@ -1,0 +1,143 @@
+"""One training sample: what it holds, how it is computed, how it lies in a WebDataset tar."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+from PIL import Image
+
+from preprocessing.coco import CocoRecord, read_sample
+from preprocessing.geometry import Size, resize_labels
+from preprocessing.kernels import measure, squared_distance
+from preprocessing.labels import LabelTable
+from preprocessing.panoptic_map import PanopticMap, Segment
+
+SCHEMA_VERSION = 1
+"""Part of every shard's key: raise it when the meaning or layout of a sample changes."""
+
+ARRAYS = ("labels", "semantic_d2", "instance_d2")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its targets on one pixel grid (H, W)."""
+
+    image_id: int
+    file_name: str
+    image: bytes
+    """JPEG (or the source's own bytes where the grid is the image's own)."""
+    labels: NDArray[np.uint8] | NDArray[np.uint16]
+    """(H, W), 0 = void, i = segments[i - 1]; uint16 above 255 segments."""
+    segments: tuple[Segment, ...]
+    semantic_d2: NDArray[np.uint16]
+    """(H, W), squared pixels to the nearest boundary between categories, clipped at radius^2."""
+    instance_d2: NDArray[np.uint16]
+    """(H, W), the same for boundaries between thing instances and all else."""
+
+    @property
+    def panoptic(self) -> PanopticMap:
+        """The ground truth of this grid."""
+        return PanopticMap(self.labels.astype(np.int32), self.segments)
+
+
+def make_sample(record: CocoRecord, labels: LabelTable, grid: Size | None, radius: int) -> Sample:
+    """Read one source sample and compute its targets on `grid` (None: the image's own size).
+
+    Image and map are squashed to the grid, as the paper does. Raises coco.BadSample.
+    """
+    image, truth = read_sample(record, labels)
+    if grid is not None and truth.size != grid:
+        image = _resize_image(image, grid)
+    labels_HW, segments = _on_grid(truth, grid or truth.size)
+    return Sample(
+        record.image_id,
+        Path(record.image_path).name,
+        image,
+        labels_HW.astype(np.uint8 if len(segments) <= 255 else np.uint16),
+        segments,
+        squared_distance(labels_HW, semantic_groups(segments), radius),
+        squared_distance(labels_HW, instance_groups(segments), radius),
+    )
+
+
+def semantic_groups(segments: tuple[Segment, ...]) -> NDArray[np.uint16]:
+    """Group of each label, (segments + 1,), whose borders are the semantic task's: category + 1, void 0."""
+    return np.array([0] + [s.category + 1 for s in segments], np.uint16)
+
+
+def instance_groups(segments: tuple[Segment, ...]) -> NDArray[np.uint16]:
+    """Group of each label, (segments + 1,), for the instance task: one per thing, 0 for stuff and void."""
+    return np.array([0] + [s.id if s.is_thing else 0 for s in segments], np.uint16)
+
+
+def _on_grid(truth: PanopticMap, grid: Size) -> tuple[NDArray[np.uint16], tuple[Segment, ...]]:
+    """Labels and measured segments on the grid; segments that lose their last pixel are dropped."""
+    labels_HW = resize_labels(truth.ids.astype(np.uint16), grid)
+    area_N, box_N4, centroid_N2 = measure(labels_HW, len(truth.segments))
+    kept = [s for s in truth.segments if area_N[s.id] > 0]
+    segments = tuple(
+        replace(
+            s,
+            id=position,
+            area=int(area_N[s.id]),
+            box=tuple(int(v) for v in box_N4[s.id]),
+            centroid=None if s.centroid is None else tuple(float(v) for v in centroid_N2[s.id]),
+        )
+        for position, s in enumerate(kept, start=1)
+    )
+    if len(kept) < len(truth.segments):
+        renumber = np.zeros(len(truth.segments) + 1, np.uint16)
+        renumber[[s.id for s in kept]] = np.arange(1, len(kept) + 1)
+        labels_HW = renumber[labels_HW]
+    return labels_HW, segments
+
+
+def _resize_image(data: bytes, grid: Size) -> bytes:
+    """Squash to the grid; quality 95 without chroma subsampling keeps edges where the labels have them."""
+    with Image.open(io.BytesIO(data)) as image:
+        small = image.convert("RGB").resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Image bytes -> uint8 RGB (H, W, 3). EXIF rotation is ignored, as COCO's annotations do."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def to_fields(sample: Sample) -> dict[str, bytes]:
+    """The sample as the files of a WebDataset tar: `jpg`, `json` and one zstd file an array.
+
+    `json` declares dtype and shape of each array, so nothing is ever unpickled.
+    """
+    arrays = {name: getattr(sample, name) for name in ARRAYS}
+    facts = {
+        "image_id": sample.image_id,
+        "file_name": sample.file_name,
+        "arrays": {name: {"dtype": a.dtype.str, "shape": a.shape} for name, a in arrays.items()},
+        "segments": [asdict(s) for s in sample.segments],
+    }
+    compress = zstandard.ZstdCompressor(level=3).compress
+    fields = {f"{name}.zst": compress(array.tobytes()) for name, array in arrays.items()}
+    return {"jpg": sample.image, "json": json.dumps(facts, separators=(",", ":")).encode(), **fields}
+
+
+def from_fields(fields: Mapping[str, bytes]) -> Sample:
+    """Inverse of `to_fields`."""
+    facts = json.loads(fields["json"])
+    arrays = {}
+    for name, declared in facts["arrays"].items():
+        raw = zstandard.ZstdDecompressor().decompress(fields[f"{name}.zst"])
+        arrays[name] = np.frombuffer(raw, np.dtype(declared["dtype"])).reshape(declared["shape"])
+    segments = tuple(
+        Segment(**{**row, "box": tuple(row["box"]), "centroid": row["centroid"] and tuple(row["centroid"])})
+        for row in facts["segments"]
+    )
+    return Sample(facts["image_id"], facts["file_name"], fields["jpg"], segments=segments, **arrays)

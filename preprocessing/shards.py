@@ -1,0 +1,182 @@
+"""Shards: tars of samples on the object store, named by the hash of what they were made from.
+
+A shard's name depends only on its own samples and the settings below, so data sets that share samples
+share shards, a rerun computes nothing and images added to a data set cost only their own shards.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import webdataset as wds
+
+from infra import artifacts
+from infra.errors import TesseraError
+from infra.store import Store, open_store
+from preprocessing.coco import BadSample, CocoIndex, CocoRecord, Rejected
+from preprocessing.geometry import Size
+from preprocessing.kernels import MAX_RADIUS
+from preprocessing.labels import LabelTable
+from preprocessing.sample import SCHEMA_VERSION, make_sample, to_fields
+
+FOLDER = "precompute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """All that the contents of shards depend on, beside the data."""
+
+    grid: Size | None = None
+    """Height, width of the pixel grid; None keeps each image's own (what evaluation wants)."""
+    radius: int = 50
+    """Distances are exact up to here, in pixels of the grid; EDS needs 2.5 D."""
+    samples: int = 128
+    """Samples in one shard: the unit of work of every step."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.radius <= MAX_RADIUS:
+            raise TesseraError(f"shards: radius {self.radius} is not in 1..{MAX_RADIUS}")
+        if self.samples < 1 or (self.grid and min(self.grid) < 1):
+            raise TesseraError(f"shards: samples {self.samples} and grid {self.grid} must be positive")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished shard, as its record beside the tar and the manifest state it."""
+
+    key: str
+    """Key of the tar under the store's root; no object if every sample was rejected."""
+    image_ids: tuple[int, ...]
+    bytes: int
+    sha256: str
+    rejected: tuple[Rejected, ...]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished data set of shards: what training and evaluation read instead of the source."""
+
+    path: str
+    labels: LabelTable
+    config: ShardConfig
+    shards: tuple[Shard, ...]
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(len(shard.image_ids) for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What one task computes. Small: it holds rows of the JSON, no pixels."""
+
+    key: str
+    records: tuple[CocoRecord, ...]
+    labels: LabelTable
+    config: ShardConfig
+
+
+def plan(index: CocoIndex, config: ShardConfig) -> list[ShardJob]:
+    """Cut the index into jobs, in the order of the annotation file."""
+    jobs = []
+    for start in range(0, len(index.records), config.samples):
+        records = index.records[start : start + config.samples]
+        name = artifacts.digest(
+            SCHEMA_VERSION, config.grid, config.radius, index.labels, [r.fingerprint() for r in records]
+        )
+        jobs.append(ShardJob(f"{FOLDER}/shards/{name}.tar", records, index.labels, config))
+    return jobs
+
+
+def set_path(index: CocoIndex, config: ShardConfig, jobs: Sequence[ShardJob]) -> str:
+    """Folder of the set's manifest."""
+    inputs = [job.key for job in jobs] + [artifacts.digest(index.rejected)]
+    return artifacts.step_path(FOLDER, SCHEMA_VERSION, config, inputs)
+
+
+def compute_shard(store_url: str, job: ShardJob) -> Shard:
+    """Make one shard: the tar, then its record. A shard that is there already is not computed again."""
+    store = open_store(store_url)
+    done = read_shard(store, job.key)
+    if done is not None:
+        return done
+    buffer, image_ids, rejected = io.BytesIO(), [], []
+    with wds.TarWriter(buffer, mtime=0) as tar:  # a fixed time makes the bytes depend on the samples only
+        for record in job.records:
+            try:
+                sample = make_sample(record, job.labels, job.config.grid, job.config.radius)
+            except BadSample as problem:
+                rejected.append(Rejected(str(record.image_id), str(problem)))
+                continue
+            tar.write({"__key__": f"{record.image_id:012d}", **to_fields(sample)})
+            image_ids.append(record.image_id)
+    data = buffer.getvalue() if image_ids else b""
+    shard = Shard(job.key, tuple(image_ids), len(data), hashlib.sha256(data).hexdigest(), tuple(rejected))
+    if data:
+        store.write(job.key, data)
+    store.write(_record_key(job.key), json.dumps(asdict(shard)).encode())
+    return shard
+
+
+def read_shard(store: Store, key: str) -> Shard | None:
+    """The record of a finished shard, or None."""
+    record = _record_key(key)
+    return _shard(json.loads(store.read(record))) if store.exists(record) else None
+
+
+def commit(
+    store: Store, path: str, index: CocoIndex, config: ShardConfig, shards: Sequence[Shard], bad_share: float
+) -> ShardSet:
+    """Write the manifest, unless more than `bad_share` of all samples had to be set aside (TesseraError).
+
+    The shards stay in either case: once the samples are mended, only their shards are computed again.
+    """
+    rejected = index.rejected + tuple(r for shard in shards for r in shard.rejected)
+    kept = tuple(shard for shard in shards if shard.image_ids)
+    result = ShardSet(path, index.labels, config, kept, rejected)
+    share = len(rejected) / max(1, result.samples + len(rejected))
+    if share > bad_share or not kept:
+        shown = "; ".join(f"{r.sample}: {r.reason}" for r in rejected[:5])
+        raise TesseraError(
+            f"{len(rejected)} of {result.samples + len(rejected)} samples are unusable, above the limit of "
+            f"{bad_share:.1%}: {shown}{'; ...' if len(rejected) > 5 else ''}"
+        )
+    content = {
+        "schema": SCHEMA_VERSION,
+        "samples": result.samples,
+        "labels": index.labels.to_coco(),
+        "config": config,
+        "shards": [asdict(shard) for shard in kept],
+        "rejected": [asdict(r) for r in rejected],
+    }
+    artifacts.write_manifest(store, path, content)
+    return result
+
+
+def read_set(store: Store, path: str) -> ShardSet | None:
+    """The finished set at `path`, or None."""
+    content = artifacts.read_manifest(store, path)
+    if content is None:
+        return None
+    grid = content["config"]["grid"]
+    return ShardSet(
+        path,
+        LabelTable.from_coco(content["labels"], path),
+        ShardConfig(**{**content["config"], "grid": grid and tuple(grid)}),
+        tuple(_shard(row) for row in content["shards"]),
+        tuple(Rejected(**row) for row in content["rejected"]),
+    )
+
+
+def _record_key(key: str) -> str:
+    return key.removesuffix(".tar") + ".json"
+
+
+def _shard(row: dict[str, Any]) -> Shard:
+    rejected = tuple(Rejected(**r) for r in row["rejected"])
+    return Shard(row["key"], tuple(row["image_ids"]), row["bytes"], row["sha256"], rejected)

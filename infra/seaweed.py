@@ -1,6 +1,6 @@
 """A real SeaweedFS S3 server on loopback, for tests and for a first look without a cloud.
 
-From a shell, until Ctrl-C: `python -m infra.seaweed FOLDER BUCKET`, which prints the environment to use it with.
+`python -m infra.seaweed FOLDER BUCKET` prints the environment to use it with and serves until Ctrl-C.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -29,7 +30,7 @@ from infra.errors import TesseraError
 
 _START_SECONDS = 30
 _STOP_SECONDS = 10
-_PORT_FLAGS = ["master.port", "volume.port", "filer.port", "s3.port", "admin.port"]
+_SERVICES = ["master", "volume", "filer", "s3", "admin"]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Loaded here because between fork and exec only the call itself is safe.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -61,24 +62,28 @@ class S3Server:
 def seaweed(folder: Path, bucket: str) -> Iterator[S3Server]:
     """Serve `bucket` from `folder`, which keeps the objects; the credentials are new at each start.
 
-    The server dies with the thread that entered (on Linux even if that is killed), so enter from the main one.
-    Raises TesseraError when the weed binary is missing or the server does not come up in 30 s.
+    On Linux the server dies with the thread that entered, even a killed one: enter from the main thread.
+    TesseraError: the name is no bucket's, the weed binary is missing, or the server is not up within 30 s.
     """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+        raise TesseraError(f"{bucket!r} is no bucket name: 3 to 63 lower-case letters, digits, dots, dashes")
     folder.mkdir(parents=True, exist_ok=True)
     # A short private folder: a unix socket's path may have 107 bytes, and the identities hold the secret.
     with tempfile.TemporaryDirectory(prefix="weed-") as scratch:
-        ports = _free_ports(2 * len(_PORT_FLAGS))
-        endpoint = f"http://127.0.0.1:{ports[2 * _PORT_FLAGS.index('s3.port')]}"
-        server = S3Server(endpoint, "tessera", secrets.token_hex(20), bucket)
+        ports = _free_ports([f"{name}.port{twin}" for name in _SERVICES for twin in ("", ".grpc")])
+        server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", "tessera", secrets.token_hex(20), bucket)
         process = _start(server, folder.resolve(), Path(scratch), ports)
         try:
             _wait_until_ready(server, process, Path(scratch, "log"))
             yield server
         finally:
             _stop(process)
+            # These weed puts in /tmp whatever it is told, and leaves some behind.
+            for name in _SERVICES:
+                Path(f"/tmp/seaweedfs-{name}-grpc-{ports[f'{name}.port.grpc']}.sock").unlink(missing_ok=True)
 
 
-def _start(server: S3Server, folder: Path, scratch: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+def _start(server: S3Server, folder: Path, scratch: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     identities = scratch / "identities.json"
     identities.write_text(json.dumps(_identities(server)))
     flags = {
@@ -98,10 +103,8 @@ def _start(server: S3Server, folder: Path, scratch: Path, ports: list[int]) -> s
         "admin.ui": "false",
         "filer.localSocket": scratch / "filer.sock",
         "s3.localSocket": scratch / "s3.sock",
+        **ports,  # all of them: the defaults are fixed numbers, on which two servers clash
     }
-    # Every port with its grpc twin: the defaults are fixed numbers, on which two servers clash.
-    for flag, port, grpc in zip(_PORT_FLAGS, ports[::2], ports[1::2], strict=True):
-        flags |= {flag: port, f"{flag}.grpc": grpc}
     # Nothing is inherited: weed would take AWS_* for its own, and ~/.seaweedfs for its settings.
     environment = {"GOMEMLIMIT": "300MiB", "HOME": str(scratch), "TMPDIR": str(scratch)}
     with (scratch / "log").open("wb") as log:
@@ -131,15 +134,15 @@ def _identities(server: S3Server) -> dict[str, list[dict[str, object]]]:
     return {"identities": [{"name": server.access_key, "credentials": credentials, "actions": actions}]}
 
 
-def _free_ports(count: int) -> list[int]:
-    """`count` different free ports, below the range that the kernel gives to outgoing connections."""
-    ports: list[int] = []
+def _free_ports(names: list[str]) -> dict[str, int]:
+    """A free port for each name, below the range that the kernel gives to outgoing connections."""
+    ports: dict[str, int] = {}
     with ExitStack() as held:
-        while len(ports) < count:
+        while len(ports) < len(names):
             candidate = held.enter_context(socket.socket())
             with suppress(OSError):
                 candidate.bind(("127.0.0.1", random.randrange(10_000, 32_768)))
-                ports.append(candidate.getsockname()[1])
+                ports[names[len(ports)]] = candidate.getsockname()[1]
     return ports
 
 

@@ -1,0 +1,41 @@
+"""Predictions in COCO's panoptic format: an entry of the JSON's `annotations` and an RGB-id PNG."""
+
+from typing import Any
+
+from infra.errors import TesseraError
+from preprocessing import rgb_ids
+from preprocessing.labels import LabelTable
+from preprocessing.panoptic_map import PanopticMap, Segment
+
+
+def annotation(panoptic: PanopticMap, labels: LabelTable, image_id: int, file_name: str) -> dict[str, Any]:
+    """One entry of `annotations`, plain ints and strings, `category_id` being the data set's own id.
+
+    `file_name` is the PNG's. Areas and boxes are those of the map's table. Raises TesseraError for a
+    category that is not in `labels`. Source: COCO's format description; `isthing` is ours, for readers that
+    do not have the categories at hand.
+    """
+    return {
+        "image_id": int(image_id),
+        "file_name": file_name,
+        "segments_info": [_segment_info(segment, labels, file_name) for segment in panoptic.segments],
+    }
+
+
+def png(panoptic: PanopticMap) -> bytes:
+    """The map's ids as an 8-bit RGB PNG. Raises TesseraError for ids that RGB cannot hold."""
+    return rgb_ids.write_png(panoptic.ids)
+
+
+def _segment_info(segment: Segment, labels: LabelTable, where: str) -> dict[str, Any]:
+    if not 0 <= segment.category < len(labels):
+        raise TesseraError(f"{where}: segment {segment.id} has category {segment.category} of {len(labels)}")
+    category = labels.categories[segment.category]
+    return {
+        "id": int(segment.id),
+        "category_id": category.dataset_id,
+        "area": int(segment.area),
+        "bbox": [int(value) for value in segment.box],
+        "iscrowd": int(segment.is_crowd),
+        "isthing": int(category.is_thing),
+    }

@@ -1,0 +1,248 @@
+"""Panoptic quality: one joint histogram per image, statistics that add up exactly, a summary.
+
+The rules are those of the COCO panoptic API, with one difference: every area is counted from the pixels,
+where the API believes the `area` of the ground truth's JSON. Axis letters: H, W rows and columns of a map;
+N rows of the ground truth's table, M rows of the prediction's; C categories (contiguous ids).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from infra.errors import TesseraError
+from preprocessing.labels import LabelTable
+from preprocessing.panoptic_map import PanopticMap, Segment
+
+# A matched IoU lies in (0.5, 1], where neighbouring float64 are 2^-53 apart: counted in that unit it is an
+# integer, and sums of integers lose nothing. Python's integers, because int64 overflows at 1024 matches.
+IOU_UNIT = 2**53
+
+
+@dataclass(frozen=True, eq=False)
+class PQStats:
+    """Sums over matched and unmatched segments, per category; `a + b` merges two sets of images.
+
+    Addition gives the same bits whatever the order or split of the images.
+    """
+
+    iou_units: NDArray[np.object_]
+    """Sum of IoUs in units of 1 / IOU_UNIT: Python int, (C,)."""
+    tp: NDArray[np.int64]
+    """Matched pairs, (C,)."""
+    fp: NDArray[np.int64]
+    """Predicted segments without a match that count, (C,)."""
+    fn: NDArray[np.int64]
+    """Ground-truth segments without a match that count, (C,)."""
+
+    @classmethod
+    def zero(cls, categories: int) -> "PQStats":
+        """No image: the start of a sum."""
+        tp, fp, fn = np.zeros((3, categories), np.int64)
+        return cls(np.full(categories, 0, object), tp, fp, fn)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Sequence[Any]]) -> "PQStats":
+        """Inverse of to_json, exact."""
+        tp, fp, fn = (np.array(content[name], np.int64) for name in ("tp", "fp", "fn"))
+        return cls(np.array([int(units) for units in content["iou_units"]], object), tp, fp, fn)
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """Lists by name. IoU units are strings: many JSON readers cut integers at 53 or 64 bits."""
+        counts = {name: getattr(self, name).tolist() for name in ("tp", "fp", "fn")}
+        return {"iou_units": [str(units) for units in self.iou_units], **counts}
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """Sum of the IoUs of matched pairs, the exact sum rounded once: float64, (C,)."""
+        return np.array([units / IOU_UNIT for units in self.iou_units], np.float64)
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def __add__(self, other: "PQStats") -> "PQStats":
+        if len(self) != len(other):
+            raise TesseraError(f"PQ statistics of {len(self)} and of {len(other)} categories cannot be added")
+        iou_units = self.iou_units + other.iou_units
+        return PQStats(iou_units, self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
+
+
+def compare(truth: PanopticMap, prediction: PanopticMap, categories: int, where: str = "") -> PQStats:
+    """Statistics of one image, by the rules of the COCO panoptic API:
+
+    - A pair matches when categories agree, the ground truth is no crowd and IoU > 0.5, where pixels of the
+      prediction on void (id 0 of the ground truth) are left out of the union. A match is unique.
+    - An unmatched ground-truth segment is a false negative unless crowd, also when it has no pixel.
+    - An unmatched predicted segment is a false positive unless over half of it lies on void plus crowd of
+      its category. Of several crowds of a category only the last of the table counts, as in the API.
+    - Ground-truth ids that are not in its table are neither segments nor void: they stay in the union.
+
+    `where` names the image in errors. Raises TesseraError for maps of different size, ids that are 0 or
+    listed twice, a category outside 0..categories - 1, and a predicted id found only in the pixels or only
+    in the table.
+    """
+    prefix = f"{where}: " if where else ""
+    if truth.size != prediction.size:
+        sizes = " and ".join(f"{width}x{height}" for height, width in (truth.size, prediction.size))
+        raise TesseraError(f"{prefix}ground truth and prediction differ in size: {sizes}")
+    _check_table(truth.segments, categories, f"{prefix}ground truth")
+    _check_table(prediction.segments, categories, f"{prefix}prediction")
+    maps = np.ascontiguousarray(truth.ids), np.ascontiguousarray(prediction.ids)
+    counts = joint_histogram(*maps, *_sorted_ids(truth.segments), *_sorted_ids(prediction.segments))
+    _check_pixels(prediction, counts.sum(axis=0), f"{prefix}prediction")
+    return _match(truth.segments, prediction.segments, counts, categories)
+
+
+@njit(cache=True, nogil=True)
+def joint_histogram(
+    truth_HW: NDArray[np.int32],
+    prediction_HW: NDArray[np.int32],
+    truth_ids_N: NDArray[np.int32],
+    truth_rows_N: NDArray[np.int64],
+    prediction_ids_M: NDArray[np.int32],
+    prediction_rows_M: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Count the pixels of every pair of segments in one pass. Source: ours.
+
+    Maps: int32 ids, 0 = void, of one size, C-contiguous. *_ids: int32, ascending, without 0. *_rows: int64,
+    the row of each id, from 1. Returns int64 (N + 2, M + 2): first void, then the tables' rows, last all
+    ids that are not listed.
+    """
+    truth, prediction = truth_HW.ravel(), prediction_HW.ravel()
+    counts = np.zeros((truth_ids_N.size + 2, prediction_ids_M.size + 2), np.int64)
+    start = 0
+    for at in range(1, truth.size + 1):
+        # Runs are long, so ids are looked up once per run.
+        if at == truth.size or truth[at] != truth[at - 1] or prediction[at] != prediction[at - 1]:
+            row = _row(truth[start], truth_ids_N, truth_rows_N)
+            column = _row(prediction[start], prediction_ids_M, prediction_rows_M)
+            counts[row, column] += at - start
+            start = at
+    return counts
+
+
+@njit(cache=True, nogil=True)
+def _row(value: int, sorted_ids_N: NDArray[np.int32], rows_N: NDArray[np.int64]) -> int:
+    if value == 0:
+        return 0
+    at = value - 1  # its place if the ids are 1..N, the usual case
+    if not 0 <= at < sorted_ids_N.size or sorted_ids_N[at] != value:
+        at = int(np.searchsorted(sorted_ids_N, value))
+    known = at < sorted_ids_N.size and sorted_ids_N[at] == value
+    return rows_N[at] if known else sorted_ids_N.size + 1
+
+
+def _sorted_ids(segments: Sequence[Segment]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    ids_N = np.array([segment.id for segment in segments], np.int32)
+    order = np.argsort(ids_N)
+    return ids_N[order], order + 1
+
+
+def _check_table(segments: Sequence[Segment], categories: int, what: str) -> None:
+    for id_, times in Counter(segment.id for segment in segments).items():
+        if id_ == 0 or times > 1:
+            raise TesseraError(f"{what}: segment id {id_} is listed {times}x; ids are unique and not 0")
+    for segment in segments:
+        if not 0 <= segment.category < categories:
+            raise TesseraError(
+                f"{what}: segment {segment.id} has category {segment.category} of {categories}"
+            )
+
+
+def _check_pixels(panoptic: PanopticMap, area_M: NDArray[np.int64], what: str) -> None:
+    """Refuse ids in the pixels only or in the table only; area: int64 (M + 2,) as in joint_histogram."""
+    listed = [segment.id for segment in panoptic.segments]
+    if area_M[-1]:
+        ids, areas = np.unique(panoptic.ids[~np.isin(panoptic.ids, [0, *listed])], return_counts=True)
+        raise TesseraError(f"{what}: segment {ids[0]} covers {areas[0]} px but is not in the table")
+    for id_, area in zip(listed, area_M[1:-1], strict=True):
+        if area == 0:
+            raise TesseraError(f"{what}: segment {id_} is in the table but covers 0 px")
+
+
+def _match(
+    truth: Sequence[Segment], prediction: Sequence[Segment], counts: NDArray[np.int64], categories: int
+) -> PQStats:
+    category_N = np.array([segment.category for segment in truth], np.int64)
+    category_M = np.array([segment.category for segment in prediction], np.int64)
+    crowd_N = np.array([segment.is_crowd for segment in truth], bool)
+    area_N, area_M, void_M = counts.sum(axis=1)[1:-1], counts.sum(axis=0)[1:-1], counts[0, 1:-1]
+    overlap_NM = counts[1:-1, 1:-1]
+    union_NM = area_N[:, None] + area_M - overlap_NM - void_M
+    same_NM = (category_N[:, None] == category_M) & ~crowd_N[:, None]
+    match_NM = same_NM & (2 * overlap_NM > union_NM)
+    matched_N, matched_M = match_NM.any(axis=1), match_NM.any(axis=0)
+    excused_M = 2 * (void_M + _on_crowd(truth, prediction, counts)) > area_M
+    iou_units = np.full(categories, 0, object)
+    for row, column in np.argwhere(match_NM):
+        iou = overlap_NM[row, column] / union_NM[row, column]
+        iou_units[category_N[row]] += int(iou * IOU_UNIT)
+    return PQStats(
+        iou_units,
+        tp=np.bincount(category_N[matched_N], minlength=categories),
+        fp=np.bincount(category_M[~matched_M & ~excused_M], minlength=categories),
+        fn=np.bincount(category_N[~matched_N & ~crowd_N], minlength=categories),
+    )
+
+
+def _on_crowd(
+    truth: Sequence[Segment], prediction: Sequence[Segment], counts: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Pixels of each predicted segment on the last crowd of its category; int64 (M,)."""
+    last = {segment.category: row for row, segment in enumerate(truth, start=1) if segment.is_crowd}
+    on_crowd_M = np.zeros(len(prediction), np.int64)
+    for column, segment in enumerate(prediction):
+        if segment.category in last:
+            on_crowd_M[column] = counts[last[segment.category], column + 1]
+    return on_crowd_M
+
+
+def summarise(stats: PQStats, labels: LabelTable) -> dict[str, Any]:
+    """PQ, SQ and RQ in percent (0 to 100, as papers print them), ready for JSON.
+
+    `pq`, `sq`, `rq` each hold `all`, `things`, `stuff` (means over the categories that occur, that is with
+    tp + fp + fn > 0; None if there is none) and `per_category` (by name; None where it does not occur).
+    `counts` holds under the same keys the sums tp, fp, fn, for groups also the categories that occur. A
+    name that several categories share is written "name (dataset id)". Raises TesseraError when `labels`
+    has another number of categories.
+    """
+    if len(stats) != len(labels):
+        raise TesseraError(f"PQ statistics of {len(stats)} categories, but the label table has {len(labels)}")
+    weight_C = stats.tp + (stats.fp + stats.fn) / 2
+    occurs_C = weight_C > 0
+    groups = {"all": occurs_C, "things": occurs_C & labels.is_thing, "stuff": occurs_C & ~labels.is_thing}
+    names = _unique_names(labels)
+    counts = {
+        group: {"categories": int(in_C.sum()), **_counts(stats, in_C)} for group, in_C in groups.items()
+    }
+    return {
+        "pq": _averages(_percent(stats.iou, weight_C), groups, names),
+        "sq": _averages(_percent(stats.iou, stats.tp), groups, names),
+        "rq": _averages(_percent(stats.tp, weight_C), groups, names),
+        "counts": {**counts, "per_category": {name: _counts(stats, c) for c, name in enumerate(names)}},
+    }
+
+
+def _averages(
+    value_C: NDArray[np.float64], groups: Mapping[str, NDArray[np.bool_]], names: Sequence[str]
+) -> dict[str, Any]:
+    means = {group: float(value_C[in_C].mean()) if in_C.any() else None for group, in_C in groups.items()}
+    each = zip(names, value_C.tolist(), groups["all"].tolist(), strict=True)
+    return {**means, "per_category": {name: value if occurs else None for name, value, occurs in each}}
+
+
+def _percent(part_C: NDArray[Any], whole_C: NDArray[Any]) -> NDArray[np.float64]:
+    return np.divide(100 * part_C, whole_C, out=np.zeros(len(part_C)), where=whole_C > 0)
+
+
+def _counts(stats: PQStats, chosen: NDArray[np.bool_] | int) -> dict[str, int]:
+    return {name: int(getattr(stats, name)[chosen].sum()) for name in ("tp", "fp", "fn")}
+
+
+def _unique_names(labels: LabelTable) -> list[str]:
+    times = Counter(labels.names)
+    return [c.name if times[c.name] == 1 else f"{c.name} ({c.dataset_id})" for c in labels.categories]

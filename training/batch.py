@@ -1,0 +1,103 @@
+"""Batch: what every method's losses see."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preprocessing.panoptic_map import Segment
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one grid (H, W); tables are padded to N rows, row 0 is void.
+
+    A pixel's label indexes its sample's rows, so any per-segment value becomes a per-pixel map by one
+    gather. Padding and void rows: category -1, flags false, area 0, centroid 0.
+    """
+
+    keys: tuple[str, ...]
+    """Sample keys, for messages."""
+    images_B3HW: Tensor
+    """uint8 RGB."""
+    labels_BHW: Tensor
+    """int64, 0 = void."""
+    semantic_d2_BHW: Tensor
+    """int32, squared pixels to the nearest boundary between categories, clipped."""
+    instance_d2_BHW: Tensor
+    """int32, the same for the borders of things."""
+    category_BN: Tensor
+    """int64, contiguous id."""
+    thing_BN: Tensor
+    """bool: a thing that is no crowd, so that it has a centroid."""
+    crowd_BN: Tensor
+    """bool."""
+    area_BN: Tensor
+    """float32, pixels."""
+    centroid_BN2: Tensor
+    """float32, x and y in [-1, 1]: -1 and 1 are the outer edges of the image's border pixels."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "keys"
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded sample, in arrays."""
+
+    key: str
+    image_HW3: np.ndarray
+    """uint8 RGB."""
+    labels_HW: np.ndarray
+    semantic_d2_HW: np.ndarray
+    instance_d2_HW: np.ndarray
+    segments: tuple[Segment, ...]
+
+    def flipped(self) -> "Example":
+        """Mirrored left to right; stored targets stay exact."""
+        width = self.labels_HW.shape[1]
+        mirrored = tuple(
+            s if s.centroid is None else replace(s, centroid=(width - 1 - s.centroid[0], s.centroid[1]))
+            for s in self.segments
+        )
+        maps = [self.image_HW3, self.labels_HW, self.semantic_d2_HW, self.instance_d2_HW]
+        return Example(self.key, *(np.ascontiguousarray(m[:, ::-1]) for m in maps), segments=mirrored)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Stack examples of one grid. `Segment.box` is not carried: no loss here wants it."""
+    rows = 1 + max(len(e.segments) for e in examples)
+    shape = (len(examples), rows)
+    category, area = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+    thing, crowd = np.zeros(shape, bool), np.zeros(shape, bool)
+    centroid = np.zeros((*shape, 2), np.float32)
+    for b, example in enumerate(examples):
+        height, width = example.labels_HW.shape
+        for s in example.segments:
+            category[b, s.id], area[b, s.id], crowd[b, s.id] = s.category, s.area, s.is_crowd
+            if s.centroid is not None:
+                thing[b, s.id] = True
+                x, y = s.centroid
+                centroid[b, s.id] = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
+
+    def stack(name: str, dtype: type) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(e, name) for e in examples]).astype(dtype))
+
+    return Batch(
+        keys=tuple(e.key for e in examples),
+        images_B3HW=stack("image_HW3", np.uint8).permute(0, 3, 1, 2).contiguous(),
+        labels_BHW=stack("labels_HW", np.int64),
+        semantic_d2_BHW=stack("semantic_d2_HW", np.int32),
+        instance_d2_BHW=stack("instance_d2_HW", np.int32),
+        category_BN=torch.from_numpy(category),
+        thing_BN=torch.from_numpy(thing),
+        crowd_BN=torch.from_numpy(crowd),
+        area_BN=torch.from_numpy(area),
+        centroid_BN2=torch.from_numpy(centroid),
+    )

@@ -1,0 +1,1 @@
+"""The generalist method: "A Simple and Generalist Approach for Panoptic Segmentation" (G)."""

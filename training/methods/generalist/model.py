@@ -1,0 +1,198 @@
+"""The generalist network: one encoder, one decoder, two single-convolution heads (G)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from preprocessing.geometry import Size
+from preprocessing.labels import LabelTable
+from preprocessing.panoptic_map import PanopticMap
+from training.backbones import Backbone, build_backbone
+from training.batch import Batch
+from training.methods.base import Method, Picture
+from training.methods.generalist import loss
+from training.methods.generalist.config import GeneralistConfig
+from training.methods.generalist.decode import centroid_picture, class_picture, decode
+from training.methods.generalist.targets import embed_xy, make_targets, omegas
+
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, as DINOv2 was trained
+
+
+class Generalist(Method):
+    """Class logits and positional embeddings of centroids, decoded by votes."""
+
+    def __init__(self, config: GeneralistConfig, labels: LabelTable, grid: Size) -> None:
+        super().__init__(labels, grid)
+        self.config = config
+        self.network = Network(config, len(labels), grid)
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """See Method. With alternating tasks every third step is semantic, the others are instance."""
+        semantic, instance = True, True
+        if self.config.tasks == "alternate":
+            semantic, instance = step % 3 == 2, step % 3 != 2
+        logits_BCHW, embedding_BEHW = self.network(batch.images_B3HW, semantic, instance)
+        result: dict[str, Tensor] = {}
+        with torch.autocast(batch.images_B3HW.device.type, enabled=False):
+            if semantic:
+                result |= self._semantic_losses(batch, logits_BCHW.float())
+            if instance:
+                result |= self._instance_losses(batch, embedding_BEHW.float())
+        return result
+
+    def _semantic_losses(self, batch: Batch, logits_BCHW: Tensor) -> dict[str, Tensor]:
+        targets, config = make_targets(batch, self.config), self.config
+        result = {"semantic": loss.semantic_loss(logits_BCHW, targets)}
+        if config.total_variation:
+            result["semantic_tv"] = config.total_variation * loss.semantic_variation(logits_BCHW)
+        return result
+
+    def _instance_losses(self, batch: Batch, embedding_BEHW: Tensor) -> dict[str, Tensor]:
+        targets, config = make_targets(batch, self.config), self.config
+        result = {"instance": loss.embedding_loss(embedding_BEHW, targets, config.squared)}
+        if config.total_variation:
+            result["instance_tv"] = config.total_variation * loss.embedding_variation(embedding_BEHW)
+        if config.dice:
+            codes_BNE = embed_xy(batch.centroid_BN2, omegas(config))
+            result["dice"] = config.dice * loss.dice_loss(embedding_BEHW, codes_BNE, batch)
+        return result
+
+    @torch.inference_mode()
+    def segment(self, images_B3HW: Tensor, sizes: Sequence[Size]) -> list[PanopticMap]:
+        """See Method."""
+        logits_BCHW, embedding_BEHW = self.network(images_B3HW)
+        classes_BHW = logits_BCHW.argmax(1)
+        return [
+            decode(classes_HW, embedding_EHW, size, self.labels, self.config)
+            for classes_HW, embedding_EHW, size in zip(classes_BHW, embedding_BEHW, sizes, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def views(self, images_B3HW: Tensor) -> list[dict[str, Picture]]:
+        """See Method: the semantic head's classes, and decoded centroids as colour (G, figures 7 and 8)."""
+        logits_BCHW, embedding_BEHW = self.network(images_B3HW)
+        return [
+            {
+                "predicted semantic": class_picture(classes_HW, self.labels),
+                "decoded centroids": centroid_picture(embedding_EHW, self.config),
+            }
+            for classes_HW, embedding_EHW in zip(logits_BCHW.argmax(1), embedding_BEHW, strict=True)
+        ]
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """See Method. Vectors (biases, norms, tokens) are not decayed."""
+        decayed = [p for p in self.parameters() if p.requires_grad and p.squeeze().ndim > 1]
+        kept = {id(p) for p in decayed}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in kept]
+        return [
+            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+            {"params": others, "lr": lr, "weight_decay": 0.0},
+        ]
+
+
+class Network(nn.Module):
+    """Images (B, 3, H, W), 0-255 -> class logits (B, C, H, W) and embeddings (B, 4 L, H, W)."""
+
+    def __init__(self, config: GeneralistConfig, categories: int, grid: Size) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.backbone, grid)
+        self.decoder = Decoder(self.backbone, config.decoder_widths)
+        width = config.decoder_widths[-1]
+        self.semantic_head = nn.Conv2d(width, categories, 3, padding=1)
+        self.instance_head = nn.Conv2d(width, 4 * config.frequencies, 3, padding=1)
+        self.register_buffer("mean_1311", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std_1311", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.relative = config.relative
+        if config.relative:
+            self.register_buffer("phases_4LHW", pixel_phases(grid, omegas(config)), persistent=False)
+
+    def forward(
+        self, images_B3HW: Tensor, semantic: bool = True, instance: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """See the class. A head that is not asked for gives an empty tensor."""
+        size = images_B3HW.shape[-2:]
+        normal_B3HW = (images_B3HW.to(self.mean_1311.dtype) - self.mean_1311) / self.std_1311
+        features_BCHW = self.decoder(self.backbone(normal_B3HW))
+        if features_BCHW.shape[-2:] != size:
+            # the last resize is ours (G is silent): 30 tokens x 2^4 = 480 pixels, not 420
+            features_BCHW = F.interpolate(features_BCHW, size, mode="bilinear", align_corners=False)
+        nothing = features_BCHW.new_empty(0)
+        logits_BCHW = self.semantic_head(features_BCHW) if semantic else nothing
+        embedding_BEHW = self.instance_head(features_BCHW) if instance else nothing
+        if instance and self.relative:
+            embedding_BEHW = rotate(embedding_BEHW.float(), self.phases_4LHW)
+        return logits_BCHW, embedding_BEHW
+
+
+class Decoder(nn.Module):
+    """Four transposed convolutions towards the input's size, shared by both tasks (G).
+
+    Feature maps join by a 1x1 projection where their stride is reached: all four of a plain ViT at the
+    start, those of a pyramid on the way up. A step doubles the size unless the finest feature's stride is
+    reached already (patches under 16), where it keeps it.
+    """
+
+    def __init__(self, backbone: Backbone, widths: Sequence[int]) -> None:
+        super().__init__()
+        stride = max(backbone.strides)
+        self.at: list[list[int]] = []
+        self.laterals, self.ups = nn.ModuleList(), nn.ModuleList()
+        for step, width in enumerate(widths):
+            self.at.append([i for i, s in enumerate(backbone.strides) if s == stride and not self._used(i)])
+            joined = sum(backbone.channels[i] for i in self.at[-1])
+            self.laterals.append(nn.Conv2d(joined, width, 1) if joined else nn.Identity())
+            if step == len(widths) - 1:
+                break
+            factor = 2 if stride > 1 else 1
+            self.ups.append(_up(width, widths[step + 1], factor))
+            stride = max(1, stride // factor)
+
+    def _used(self, feature: int) -> bool:
+        return any(feature in used for used in self.at)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Feature maps of the backbone -> (B, widths[-1], H', W')."""
+        x_BCHW: Tensor | None = None
+        for step, (used, lateral) in enumerate(zip(self.at, self.laterals, strict=True)):
+            if used:
+                joined = lateral(torch.cat([features[i] for i in used], 1))
+                x_BCHW = joined if x_BCHW is None else x_BCHW + joined
+            if step < len(self.ups):
+                x_BCHW = self.ups[step](x_BCHW)
+        assert x_BCHW is not None  # the coarsest features join at step 0
+        return x_BCHW
+
+
+def _up(inputs: int, outputs: int, factor: int) -> nn.Sequential:
+    kernel, padding = (4, 1) if factor == 2 else (3, 1)
+    return nn.Sequential(
+        nn.ConvTranspose2d(inputs, outputs, kernel, factor, padding),
+        nn.GroupNorm(max(1, outputs // 16), outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def pixel_phases(grid: Size, frequencies: list[float]) -> Tensor:
+    """cos u, sin u, cos v and sin v of each pixel's own phases: (4, L, H, W)."""
+    height, width = grid
+    v_HW, u_HW = torch.meshgrid(
+        *((2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width)), indexing="ij"
+    )
+    phases_2LHW = torch.stack([u_HW, v_HW])[:, None] * torch.tensor(frequencies).view(1, -1, 1, 1)
+    return torch.stack([phases_2LHW.cos(), phases_2LHW.sin()], 1).flatten(0, 1).float()
+
+
+def rotate(relative_BEHW: Tensor, phases_4LHW: Tensor) -> Tensor:
+    """Embedding of (centroid - pixel) -> embedding of the centroid, pair by pair (ours).
+
+    sin(a + b) and cos(a + b) are a rotation of (sin a, cos a) by b: linear, norm-preserving, zero stays
+    zero, so targets, losses and decoding do not change.
+    """
+    pairs_B2SLHW = relative_BEHW.unflatten(1, (2, 2, -1))
+    sine, cosine = pairs_B2SLHW[:, :, 0], pairs_B2SLHW[:, :, 1]
+    cos_b, sin_b = phases_4LHW[0::2], phases_4LHW[1::2]  # (2, L, H, W): u and v
+    turned = torch.stack([sine * cos_b + cosine * sin_b, cosine * cos_b - sine * sin_b], 2)
+    return turned.flatten(1, 3)

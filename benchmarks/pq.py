@@ -82,17 +82,13 @@ def _voronoi(rng: np.random.Generator) -> NDArray[np.int64]:
     return np.argmin([(y_HW - y) ** 2 + (x_HW - x) ** 2 for y, x in seeds], axis=0)
 
 
-def _panoptic(
-    rng: np.random.Generator, labels_HW: NDArray[np.int64], category_N: NDArray[np.int64]
-) -> PanopticMap:
+def _panoptic(rng: np.random.Generator, labels_HW: NDArray[np.int64], category_N: NDArray[np.int64]) -> PanopticMap:
     """Random ids, the first label made void; areas counted, boxes left out."""
     ids_N = 1 + rng.choice(rgb_ids.MAX_ID, SEGMENTS, replace=False)
     ids_N[0] = 0
     areas = np.bincount(labels_HW.ravel(), minlength=SEGMENTS)
     rows = [
-        Segment(int(ids_N[i]), int(category_N[i]), True, area=int(areas[i]))
-        for i in range(1, SEGMENTS)
-        if areas[i]
+        Segment(int(ids_N[i]), int(category_N[i]), True, area=int(areas[i])) for i in range(1, SEGMENTS) if areas[i]
     ]
     return PanopticMap(ids_N.astype(np.int32)[labels_HW], tuple(rows))
 

@@ -148,9 +148,7 @@ def _check_table(segments: Sequence[Segment], categories: int, what: str) -> Non
             raise TesseraError(f"{what}: segment id {id_} is listed {times}x; ids are unique and not 0")
     for segment in segments:
         if not 0 <= segment.category < categories:
-            raise TesseraError(
-                f"{what}: segment {segment.id} has category {segment.category} of {categories}"
-            )
+            raise TesseraError(f"{what}: segment {segment.id} has category {segment.category} of {categories}")
 
 
 def _check_pixels(panoptic: PanopticMap, area_M: NDArray[np.int64], what: str) -> None:
@@ -189,9 +187,7 @@ def _match(
     )
 
 
-def _on_crowd(
-    truth: Sequence[Segment], prediction: Sequence[Segment], counts: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _on_crowd(truth: Sequence[Segment], prediction: Sequence[Segment], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Pixels of each predicted segment on the last crowd of its category; int64 (M,)."""
     last = {segment.category: row for row, segment in enumerate(truth, start=1) if segment.is_crowd}
     on_crowd_M = np.zeros(len(prediction), np.int64)
@@ -216,9 +212,7 @@ def summarise(stats: PQStats, labels: LabelTable) -> dict[str, Any]:
     occurs_C = weight_C > 0
     groups = {"all": occurs_C, "things": occurs_C & labels.is_thing, "stuff": occurs_C & ~labels.is_thing}
     names = _unique_names(labels)
-    counts = {
-        group: {"categories": int(in_C.sum()), **_counts(stats, in_C)} for group, in_C in groups.items()
-    }
+    counts = {group: {"categories": int(in_C.sum()), **_counts(stats, in_C)} for group, in_C in groups.items()}
     return {
         "pq": _averages(_percent(stats.iou, weight_C), groups, names),
         "sq": _averages(_percent(stats.iou, stats.tp), groups, names),

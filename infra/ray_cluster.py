@@ -17,6 +17,14 @@ T = TypeVar("T")
 log = logging.getLogger("tessera.ray")
 
 LOCAL = "local"
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a reported checkpoint counts
+    # these two ask the dashboard's State API, which a local cluster does without (a gigabyte of memory)
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+}
 _PASSED_ON = ("AWS_", "NUMBA_", "RAY_TRAIN_", "TESSERA_")
 
 
@@ -27,7 +35,8 @@ def session(address: str = LOCAL) -> Iterator[None]:
     On the way out the connection is shut down and with it all work this process has submitted. Raises
     TesseraError when no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     # ray.init takes SIGTERM for itself; Prefect cancels a flow by SIGTERM, so it gets the signal back
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if main else None
@@ -58,7 +67,10 @@ def _connect(address: str) -> None:
 
 
 def map_tasks(
-    function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], on_done: Callable[[T], None], **options: Any
+    function: Callable[..., T],
+    arguments: Iterable[tuple[Any, ...]],
+    on_done: Callable[[T], None],
+    **options: Any,
 ) -> list[T]:
     """Run `function(*arguments)` as Ray tasks; results in order of completion.
 
@@ -83,12 +95,16 @@ def map_tasks(
             ray.cancel(task, force=True)
 
 
-def wait_for(task: Any) -> Any:
-    """Result of one long task, polled so that a cancelled flow gets its signal; cancelled on the way out."""
+def wait_for(task: Any, watch: Callable[[], None]) -> Any:
+    """Result of one long task, polled so that a cancelled flow gets its signal; cancelled on the way out.
+
+    `watch` is called about once a second, and once after the end.
+    """
     done: list[Any] = []
     try:
         while not done:
             done, _ = ray.wait([task], timeout=1.0)
+            watch()
     finally:
         if not done:
             ray.cancel(task, force=False)

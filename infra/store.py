@@ -265,9 +265,7 @@ class _S3Stream(io.RawIOBase):
 
 _CONNECTING = Lock()
 # Or a child forked while another thread connects would find the lock held for ever.
-os.register_at_fork(
-    before=_CONNECTING.acquire, after_in_parent=_CONNECTING.release, after_in_child=_CONNECTING.release
-)
+os.register_at_fork(before=_CONNECTING.acquire, after_in_parent=_CONNECTING.release, after_in_child=_CONNECTING.release)
 
 
 @lru_cache(maxsize=16)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
-from preprocessing.kernels import UNKNOWN, measure, relabel
+from preprocessing.kernels import UNKNOWN, relabel
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment
+from preprocessing.panoptic_map import PanopticMap, Segment, measured
 
 
 class BadSample(Exception):
@@ -104,9 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _record(
-    entry: dict[str, Any], image_by_id: dict[int, dict[str, Any]], masks: Path, images: Path
-) -> CocoRecord:
+def _record(entry: dict[str, Any], image_by_id: dict[int, dict[str, Any]], masks: Path, images: Path) -> CocoRecord:
     missing = {"image_id", "file_name", "segments_info"} - entry.keys()
     if missing:
         raise BadSample(f"the annotation lacks {sorted(missing)}")
@@ -157,9 +155,7 @@ def read_sample(record: CocoRecord, labels: LabelTable) -> tuple[bytes, Panoptic
     return image, panoptic_map(raw_HW, record.segments_info, labels)
 
 
-def panoptic_map(
-    raw_HW: NDArray[np.int32], segments_info: Iterable[dict[str, Any]], labels: LabelTable
-) -> PanopticMap:
+def panoptic_map(raw_HW: NDArray[np.int32], segments_info: Iterable[dict[str, Any]], labels: LabelTable) -> PanopticMap:
     """Pair a map of raw ids with its rows of the JSON.
 
     raw_HW: int32 (H, W), 0 = void. Returns a map whose id i is the i-th row (1-based), areas counted.
@@ -173,21 +169,18 @@ def panoptic_map(
     unlisted = raw_HW[dense_HW == UNKNOWN]
     if unlisted.size:
         raise BadSample(f"segment {unlisted[0]} covers {(unlisted == unlisted[0]).sum()} px but is not in the JSON")
-    area_N, box_N4, centroid_N2 = measure(dense_HW, len(rows))
-    segments = []
-    for label, row in enumerate(rows, start=1):
-        if area_N[label] == 0:
+    segments = measured(dense_HW, [_segment(row, labels) for row in rows])
+    for row, segment in zip(rows, segments, strict=True):
+        if segment.area == 0:
             raise BadSample(f"segment {row['id']} is in the JSON but has no pixel in the PNG")
-        category = labels.contiguous.get(_field(row, "category_id"))
-        if category is None:
-            raise BadSample(f"segment {row['id']} has the unknown category {row['category_id']}")
-        thing, crowd = bool(labels.is_thing[category]), bool(row.get("iscrowd", 0))
-        x, y, width, height = (int(v) for v in box_N4[label])
-        centroid = (float(centroid_N2[label, 0]), float(centroid_N2[label, 1])) if thing and not crowd else None
-        segments.append(
-            Segment(label, category, thing, crowd, int(area_N[label]), (x, y, width, height), centroid)
-        )
     return PanopticMap(dense_HW.astype(np.int32), tuple(segments))
+
+
+def _segment(row: dict[str, Any], labels: LabelTable) -> Segment:
+    category = labels.contiguous.get(_field(row, "category_id"))
+    if category is None:
+        raise BadSample(f"segment {row['id']} has the unknown category {row['category_id']}")
+    return Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0)))
 
 
 def _refuse_bad_ids(ids_N: NDArray[np.int32]) -> None:

@@ -81,9 +81,7 @@ def measure(
 
 
 @njit(cache=True, nogil=True)
-def squared_distance(
-    labels_HW: NDArray[np.uint16], group_N: NDArray[np.uint16], radius: int
-) -> NDArray[np.uint16]:
+def squared_distance(labels_HW: NDArray[np.uint16], group_N: NDArray[np.uint16], radius: int) -> NDArray[np.uint16]:
     """Squared Euclidean distance to the nearest boundary pixel, exact, clipped at radius^2.
 
     A pixel is a boundary pixel when a 4-neighbour inside the image has another group; void has group 0 and
@@ -118,9 +116,7 @@ def squared_distance(
 
 
 @njit(cache=True, nogil=True)
-def _column_distance(
-    labels_HW: NDArray[np.uint16], group_N: NDArray[np.uint16], radius: int
-) -> NDArray[np.uint16]:
+def _column_distance(labels_HW: NDArray[np.uint16], group_N: NDArray[np.uint16], radius: int) -> NDArray[np.uint16]:
     """Distance to the nearest boundary pixel of the same column, clipped at radius; uint16 (H, W)."""
     height, width = labels_HW.shape
     group_HW = np.empty((height, width), np.uint16)

@@ -1,11 +1,13 @@
 """PanopticMap: the one currency between sources, methods and the evaluator."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import TesseraError
+from preprocessing.kernels import measure
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,20 @@ class PanopticMap:
     def size(self) -> tuple[int, int]:
         """Height, width."""
         return self.ids.shape[0], self.ids.shape[1]
+
+
+def measured(labels_HW: NDArray[np.uint16], segments: Sequence[Segment]) -> list[Segment]:
+    """The segments with area, box and centroid as their pixels have them.
+
+    labels_HW: uint16 (H, W), 0 = void; segments[i] has the label i + 1, which becomes its id. Segments
+    without pixels get area 0.
+    """
+    area_N, box_N4, centroid_N2 = measure(labels_HW, len(segments))
+    result = []
+    for label, segment in enumerate(segments, start=1):
+        x, y, width, height = (int(value) for value in box_N4[label])
+        has_centroid = segment.is_thing and not segment.is_crowd and area_N[label] > 0
+        centroid = (float(centroid_N2[label, 0]), float(centroid_N2[label, 1])) if has_centroid else None
+        area = int(area_N[label])
+        result.append(replace(segment, id=label, area=area, box=(x, y, width, height), centroid=centroid))
+    return result

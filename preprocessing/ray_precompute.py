@@ -11,9 +11,7 @@ from preprocessing.shards import Shard, ShardConfig, ShardSet, commit, compute_s
 log = logging.getLogger("tessera.precompute")
 
 
-def precompute(
-    root: str | Path, split: str, config: ShardConfig, store_url: str, bad_share: float = 0.01
-) -> ShardSet:
+def precompute(root: str | Path, split: str, config: ShardConfig, store_url: str, bad_share: float = 0.01) -> ShardSet:
     """Make all shards of one split and its manifest; what is there already is left as it is.
 
     Needs a Ray connection. Raises TesseraError as `read_index` and `commit` do.
@@ -33,7 +31,12 @@ def precompute(
     def report(shard: Shard) -> None:
         done.append(shard)
         log.info(
-            "%s: shard %d of %d, %d samples, %.1f MB", split, len(done), len(jobs), len(shard.image_ids), shard.bytes / 1e6
+            "%s: shard %d of %d, %d samples, %.1f MB",
+            split,
+            len(done),
+            len(jobs),
+            len(shard.image_ids),
+            shard.bytes / 1e6,
         )
         for rejected in shard.rejected:
             log.warning("%s: sample %s set aside: %s", split, rejected.sample, rejected.reason)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -13,9 +14,9 @@ from PIL import Image
 
 from preprocessing.coco import CocoRecord, read_sample
 from preprocessing.geometry import Size, resize_labels
-from preprocessing.kernels import measure, squared_distance
+from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment
+from preprocessing.panoptic_map import PanopticMap, Segment, measured
 
 SCHEMA_VERSION = 1
 """Part of every shard's key: raise it when the meaning or layout of a sample changes."""
@@ -31,8 +32,8 @@ class Sample:
     file_name: str
     image: bytes
     """JPEG (or the source's own bytes where the grid is the image's own)."""
-    labels: NDArray[np.uint8] | NDArray[np.uint16]
-    """(H, W), 0 = void, i = segments[i - 1]; uint16 above 255 segments."""
+    labels: NDArray[Any]
+    """uint8 (H, W), 0 = void, i = segments[i - 1]; uint16 above 255 segments."""
     segments: tuple[Segment, ...]
     semantic_d2: NDArray[np.uint16]
     """(H, W), squared pixels to the nearest boundary between categories, clipped at radius^2."""
@@ -52,7 +53,7 @@ def make_sample(record: CocoRecord, labels: LabelTable, grid: Size | None, radiu
     """
     image, truth = read_sample(record, labels)
     if grid is not None and truth.size != grid:
-        image = _resize_image(image, grid)
+        image = _to_jpeg(decode_image(image, grid))
     labels_HW, segments = _on_grid(truth, grid or truth.size)
     return Sample(
         record.image_id,
@@ -78,38 +79,32 @@ def instance_groups(segments: tuple[Segment, ...]) -> NDArray[np.uint16]:
 def _on_grid(truth: PanopticMap, grid: Size) -> tuple[NDArray[np.uint16], tuple[Segment, ...]]:
     """Labels and measured segments on the grid; segments that lose their last pixel are dropped."""
     labels_HW = resize_labels(truth.ids.astype(np.uint16), grid)
-    area_N, box_N4, centroid_N2 = measure(labels_HW, len(truth.segments))
-    kept = [s for s in truth.segments if area_N[s.id] > 0]
-    segments = tuple(
-        replace(
-            s,
-            id=position,
-            area=int(area_N[s.id]),
-            box=tuple(int(v) for v in box_N4[s.id]),
-            centroid=None if s.centroid is None else tuple(float(v) for v in centroid_N2[s.id]),
-        )
-        for position, s in enumerate(kept, start=1)
-    )
-    if len(kept) < len(truth.segments):
-        renumber = np.zeros(len(truth.segments) + 1, np.uint16)
-        renumber[[s.id for s in kept]] = np.arange(1, len(kept) + 1)
-        labels_HW = renumber[labels_HW]
-    return labels_HW, segments
+    segments = measured(labels_HW, truth.segments)
+    kept = [s for s in segments if s.area > 0]
+    if len(kept) == len(segments):
+        return labels_HW, tuple(segments)
+    renumber_N = np.zeros(len(segments) + 1, np.uint16)
+    renumber_N[[s.id for s in kept]] = np.arange(1, len(kept) + 1)
+    return renumber_N[labels_HW], tuple(replace(s, id=i) for i, s in enumerate(kept, start=1))
 
 
-def _resize_image(data: bytes, grid: Size) -> bytes:
-    """Squash to the grid; quality 95 without chroma subsampling keeps edges where the labels have them."""
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB").resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
+def _to_jpeg(rgb_HW3: NDArray[np.uint8]) -> bytes:
+    """Quality 95 without chroma subsampling keeps edges where the labels have them."""
     buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=95, subsampling=0)
+    Image.fromarray(rgb_HW3).save(buffer, format="JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """Image bytes -> uint8 RGB (H, W, 3). EXIF rotation is ignored, as COCO's annotations do."""
+def decode_image(data: bytes, grid: Size | None = None) -> NDArray[np.uint8]:
+    """Image bytes -> uint8 RGB (H, W, 3), squashed to `grid` if given.
+
+    EXIF rotation is ignored, as COCO's annotations do.
+    """
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+        rgb = image.convert("RGB")
+    if grid is not None and (rgb.height, rgb.width) != grid:
+        rgb = rgb.resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
 
 
 def to_fields(sample: Sample) -> dict[str, bytes]:

@@ -57,7 +57,10 @@ class Vit(Backbone):
 
     def __init__(self, config: VitConfig, grid: tuple[int, int]) -> None:
         super().__init__()
-        from transformers import Dinov2Backbone, Dinov2Config  # seconds to import, and only this class needs it
+        from transformers import (  # seconds to import, and only this class needs it
+            Dinov2Backbone,
+            Dinov2Config,
+        )
 
         if not all(1 <= layer <= config.depth for layer in config.layers):
             raise TesseraError(f"backbone: layers {config.layers} are not in 1..{config.depth}")
@@ -82,11 +85,16 @@ class Vit(Backbone):
 class StemVit(Backbone):
     """Stages of two convolutions each, halving the size between them, then attention over the last map."""
 
+    coordinates_12HW: Tensor
+
     def __init__(self, config: StemVitConfig, grid: tuple[int, int]) -> None:
         super().__init__()
         self.channels = config.widths
         self.strides = tuple(2**i for i in range(len(config.widths)))
-        inputs = (5, *config.widths[:-1])  # RGB, and x and y: shifted convolutions alone cannot tell where they are
+        inputs = (
+            5,
+            *config.widths[:-1],
+        )  # RGB, x, y: convolutions cannot tell where they are
         self.stages = nn.ModuleList(
             nn.Sequential(_conv(i, o, stride), _conv(o, o, 1))
             for i, o, stride in zip(inputs, config.widths, (1, *[2] * (len(inputs) - 1)), strict=True)
@@ -118,5 +126,7 @@ class StemVit(Backbone):
 
 def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.GroupNorm(max(1, outputs // 16), outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+        nn.GroupNorm(max(1, outputs // 16), outputs),
+        nn.ReLU(inplace=True),
     )

@@ -41,9 +41,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "keys"
-        }
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "keys"}
         return replace(self, **moved)
 
 
@@ -66,8 +64,9 @@ class Example:
             s if s.centroid is None else replace(s, centroid=(width - 1 - s.centroid[0], s.centroid[1]))
             for s in self.segments
         )
-        maps = [self.image_HW3, self.labels_HW, self.semantic_d2_HW, self.instance_d2_HW]
-        return Example(self.key, *(np.ascontiguousarray(m[:, ::-1]) for m in maps), segments=mirrored)
+        maps = (self.image_HW3, self.labels_HW, self.semantic_d2_HW, self.instance_d2_HW)
+        image_HW3, labels_HW, semantic_d2_HW, instance_d2_HW = (m[:, ::-1] for m in maps)
+        return Example(self.key, image_HW3, labels_HW, semantic_d2_HW, instance_d2_HW, mirrored)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

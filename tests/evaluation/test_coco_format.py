@@ -39,9 +39,7 @@ def test_annotation_has_the_data_sets_own_ids_and_plain_values():
 
 
 def test_numpy_integers_become_plain():
-    numbers = Segment(
-        np.int32(5), np.int64(0), np.bool_(True), np.bool_(False), np.int64(1), (np.int64(0),) * 4
-    )
+    numbers = Segment(np.int32(5), np.int64(0), np.bool_(True), np.bool_(False), np.int64(1), (np.int64(0),) * 4)
     entry = annotation(PanopticMap(np.full((1, 1), 5, np.int32), (numbers,)), LABELS, np.int64(3), "3.png")
     assert json.loads(json.dumps(entry)) == entry
 

@@ -70,9 +70,7 @@ def panopticapi_stats(pairs, folder):
     (folder / "annotations.json").write_text(json.dumps(annotations))
     pairs_read = json.loads((folder / "annotations.json").read_text())
     categories = {c["id"]: c for c in LABELS.to_coco()}
-    return pq_compute_single_core(
-        0, pairs_read, folder / "truth", folder / "prediction", categories
-    ), categories
+    return pq_compute_single_core(0, pairs_read, folder / "truth", folder / "prediction", categories), categories
 
 
 def _coco(panoptic, number):

@@ -248,9 +248,7 @@ def s3_store(s3_env: S3Server) -> Store:
 
 
 @pytest.mark.parametrize("limits", [[2_500_000], [1_500_000, 70_000, 0, 0, 2_000_000], [4_999_999]])
-def test_a_stream_outlives_cut_connections(
-    s3_store: Store, s3_env: S3Server, monkeypatch, limits: list[float]
-):
+def test_a_stream_outlives_cut_connections(s3_store: Store, s3_env: S3Server, monkeypatch, limits: list[float]):
     s3_store.write("shard.tar", PAYLOAD)
     with cutting_proxy(s3_env, limits) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

@@ -25,6 +25,8 @@ class Method(nn.Module, ABC):
     """
 
     network: nn.Module
+    alternates: bool = False
+    """Whether a step may leave some parameters without gradient."""
 
     def __init__(self, labels: LabelTable, grid: Size) -> None:
         super().__init__()

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from preprocessing.geometry import Size, resize_labels
-from preprocessing.kernels import measure
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment
+from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.methods.generalist.targets import embed, omegas
 
@@ -48,7 +47,7 @@ def nearest_codes(embedding_EHW: Tensor, config: GeneralistConfig) -> tuple[Tens
     """
     codes_GD = _codes(config.decode.grid, tuple(omegas(config))).to(embedding_EHW.device)
     best_2P, cell_2P = [], []
-    with torch.autocast(embedding_EHW.device.type, enabled=False):  # neighbouring codes differ by less than bf16 can hold
+    with torch.autocast(embedding_EHW.device.type, enabled=False):  # bf16 cannot tell neighbouring codes apart
         for half_DP in embedding_EHW.float().flatten(1).chunk(2):
             found = [_nearest(chunk_DP, codes_GD) for chunk_DP in half_DP.split(_CHUNK, 1)]
             best_2P.append(torch.cat([best for best, _ in found]))
@@ -90,13 +89,14 @@ def group_votes(
     could, and leaves scattered votes of one object together.
     """
     height, width = inside_HW.shape
-    scale = np.float64([config.grid / width, config.grid / height])
-    cells_HW, sums_G6 = _sum_cells(votes_HW2, inside_HW, config.grid, scale)
+    scale_2 = np.array([config.grid / width, config.grid / height])
+    cells_HW, sums_G6 = _sum_cells(votes_HW2, inside_HW, config.grid, scale_2)
     counts_GG = sums_G6[:, 0].reshape(config.grid, config.grid)
     padded = np.pad(counts_GG, 1)
-    around = sum(padded[y : y + config.grid, x : x + config.grid] for y in range(3) for x in range(3))
+    shifts = [padded[y : y + config.grid, x : x + config.grid] for y in range(3) for x in range(3)]
+    around_GG = np.sum(shifts, axis=0)
     occupied = np.flatnonzero(counts_GG)
-    order = occupied[np.lexsort((occupied, -counts_GG.ravel()[occupied], -around.ravel()[occupied]))]
+    order = occupied[np.lexsort((occupied, -counts_GG.ravel()[occupied], -around_GG.ravel()[occupied]))]
     group_G = _group_cells(order, sums_G6, config.grid, config.reach, config.split)
     instances_HW = np.where(inside_HW, group_G[cells_HW], NO_INSTANCE)
     return _drop_small(instances_HW, config.min_area * height * width)
@@ -181,48 +181,32 @@ def assemble(
     labels: LabelTable,
     config: DecodeConfig,
 ) -> PanopticMap:
-    """Instances with their most frequent thing class, stuff elsewhere; void where the semantic head says
-    thing and the instance head says none, or stuff where an instance has no thing pixel."""
-    found = int(instances_HW.max()) + 1
-    is_thing = labels.is_thing
-    inside = instances_HW >= 0
-    table = np.zeros((found, len(labels)), np.int64)
-    np.add.at(table, (instances_HW[inside], classes_HW[inside]), 1)
-    table[:, ~is_thing] = 0
-    category = table.argmax(1) if found else np.zeros(0, np.int64)
-    dense_HW = np.where(~inside & ~is_thing[classes_HW], found + 1 + classes_HW, 0)
-    named_N = np.where(table.any(1), np.arange(1, found + 1), 0)
-    dense_HW[inside] = named_N[instances_HW[inside]]
-    categories = np.concatenate([category, np.arange(len(labels))])
-    return tabulate(resize_labels(dense_HW, size), categories, labels, config.min_stuff_area)
+    """Instances with their most frequent thing class; outside of them stuff where the semantic head says so.
+
+    Void where the two disagree: thing pixels outside of all instances, instances without a thing pixel.
+    """
+    found, is_thing, inside_HW = int(instances_HW.max()) + 1, labels.is_thing, instances_HW >= 0
+    votes_NC = np.zeros((found, len(labels)), np.int64)
+    np.add.at(votes_NC, (instances_HW[inside_HW], classes_HW[inside_HW]), 1)
+    votes_NC[:, ~is_thing] = 0
+    category_N = [int(votes_C.argmax()) for votes_C in votes_NC]
+    label_N = np.where(votes_NC.any(1), np.arange(1, found + 1), 0)
+    dense_HW = np.where(is_thing[classes_HW], 0, found + 1 + classes_HW).astype(np.uint16)
+    dense_HW[inside_HW] = label_N[instances_HW[inside_HW]]
+    segments = [Segment(0, category, True) for category in category_N]
+    segments += [Segment(0, category, bool(is_thing[category])) for category in range(len(labels))]
+    return _tabulate(resize_labels(dense_HW, size), segments, config.min_stuff_area)
 
 
-def tabulate(
-    dense_HW: NDArray[np.int64], categories: NDArray[np.int64], labels: LabelTable, min_stuff_area: float
-) -> PanopticMap:
-    """A map whose id i has categories[i - 1]; ids without pixels have no row, small stuff becomes void."""
-    area_N, box_N4, centroid_N2 = measure(dense_HW.astype(np.uint16), len(categories))
-    ids_HW = dense_HW.astype(np.int32)
-    segments = []
-    for label in np.flatnonzero(area_N[1:]) + 1:
-        thing = bool(labels.is_thing[categories[label - 1]])
-        if not thing and area_N[label] < min_stuff_area * ids_HW.size:
-            ids_HW[ids_HW == label] = 0
-            continue
-        x, y, width, height = (int(v) for v in box_N4[label])
-        centre = (float(centroid_N2[label, 0]), float(centroid_N2[label, 1])) if thing else None
-        segments.append(
-            Segment(
-                int(label),
-                int(categories[label - 1]),
-                thing,
-                False,
-                int(area_N[label]),
-                (x, y, width, height),
-                centre,
-            )
-        )
-    return PanopticMap(ids_HW, tuple(segments))
+def _tabulate(dense_HW: NDArray[np.uint16], segments: list[Segment], min_stuff_area: float) -> PanopticMap:
+    """Measure; labels without pixels lose their row, small stuff becomes void."""
+    kept, ids_HW = [], dense_HW.astype(np.int32)
+    for segment in measured(dense_HW, segments):
+        if not segment.is_thing and segment.area < min_stuff_area * ids_HW.size:
+            ids_HW[ids_HW == segment.id] = 0
+        elif segment.area > 0:
+            kept.append(segment)
+    return PanopticMap(ids_HW, tuple(kept))
 
 
 def class_picture(classes_HW: Tensor, labels: LabelTable) -> NDArray[np.uint8]:

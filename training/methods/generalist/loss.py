@@ -3,6 +3,8 @@
 Shapes: B images, C classes, E = 4 L embedding channels, H x W pixels, N rows of the segment table.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,9 +32,7 @@ def embedding_loss(predicted_BEHW: Tensor, targets: Targets, squared: bool) -> T
 
 def embedding_variation(predicted_BEHW: Tensor) -> Tensor:
     """Total variation: Euclidean norm between embeddings of neighbours, right and down, mean over pairs."""
-    return _pair_mean(
-        lambda a, b: ((a - b).square().sum(1) + _EPSILON).sqrt(), predicted_BEHW, predicted_BEHW
-    )
+    return _pair_mean(lambda a, b: ((a - b).square().sum(1) + _EPSILON).sqrt(), predicted_BEHW, predicted_BEHW)
 
 
 def semantic_variation(logits_BCHW: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def semantic_variation(logits_BCHW: Tensor) -> Tensor:
     return (forward + _pair_mean(lambda a, b: -(a * b).sum(1), log_p, p)) / 2
 
 
-def _pair_mean(distance, left_BXHW: Tensor, right_BXHW: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _pair_mean(distance: Callable[[Tensor, Tensor], Tensor], left_BXHW: Tensor, right_BXHW: Tensor) -> Tensor:
     """Mean of `distance` over horizontal and vertical neighbours."""
     across = distance(left_BXHW[..., :, :-1], right_BXHW[..., :, 1:])
     down = distance(left_BXHW[..., :-1, :], right_BXHW[..., 1:, :])

@@ -27,6 +27,7 @@ class Generalist(Method):
     def __init__(self, config: GeneralistConfig, labels: LabelTable, grid: Size) -> None:
         super().__init__(labels, grid)
         self.config = config
+        self.alternates = config.tasks == "alternate"
         self.network = Network(config, len(labels), grid)
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -96,6 +97,10 @@ class Generalist(Method):
 class Network(nn.Module):
     """Images (B, 3, H, W), 0-255 -> class logits (B, C, H, W) and embeddings (B, 4 L, H, W)."""
 
+    mean_1311: Tensor
+    std_1311: Tensor
+    phases_4LHW: Tensor
+
     def __init__(self, config: GeneralistConfig, categories: int, grid: Size) -> None:
         super().__init__()
         self.backbone = build_backbone(config.backbone, grid)
@@ -109,9 +114,7 @@ class Network(nn.Module):
         if config.relative:
             self.register_buffer("phases_4LHW", pixel_phases(grid, omegas(config)), persistent=False)
 
-    def forward(
-        self, images_B3HW: Tensor, semantic: bool = True, instance: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images_B3HW: Tensor, semantic: bool = True, instance: bool = True) -> tuple[Tensor, Tensor]:
         """See the class. A head that is not asked for gives an empty tensor."""
         size = images_B3HW.shape[-2:]
         normal_B3HW = (images_B3HW.to(self.mean_1311.dtype) - self.mean_1311) / self.std_1311

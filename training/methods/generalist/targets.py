@@ -65,8 +65,7 @@ def make_targets(batch: Batch, config: GeneralistConfig) -> Targets:
     classes_BHW = to_pixels(batch.category_BN)
     labelled_BHW = classes_BHW != IGNORE
     weights = [
-        eds_weight(d2, config.eds_distance, config.eds_min)
-        for d2 in (batch.semantic_d2_BHW, batch.instance_d2_BHW)
+        eds_weight(d2, config.eds_distance, config.eds_min) for d2 in (batch.semantic_d2_BHW, batch.instance_d2_BHW)
     ]
     return Targets(
         classes_BHW,

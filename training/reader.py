@@ -1,0 +1,140 @@
+"""Shards -> batches, as a pure function of seed, step and place in the world.
+
+Every epoch has its own order of shards, the same on every rank; reader r of R takes every R-th of them and
+shuffles its samples in a buffer. A reader goes on into the next epoch by itself, so uneven shards cannot
+leave a rank without a batch, and any step can be reached again without reading what was skipped, but for a
+part of one epoch.
+"""
+
+import itertools
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from infra.errors import TesseraError
+from infra.store import open_store, open_url
+from preprocessing.sample import decode_image, from_fields
+from preprocessing.shards import Shard, ShardSet
+from training.batch import Batch, Example, collate
+
+log = logging.getLogger("tessera.reader")
+
+
+def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **_: Any) -> Any:
+    return open_url(url)
+
+
+wds.gopen_schemes["s3"] = _open_s3  # webdataset knows no s3:// of its own
+wds.gopen_schemes.pop("pipe", None)  # a URL that runs a shell has no place in a manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """How the train shards are read."""
+
+    seed: int = 0
+    shuffle: int = 512
+    """Samples in a reader's shuffle buffer."""
+    flip: bool = True
+    """Mirror half of the samples left to right, at random."""
+    workers: int = 0
+    """Reader processes per training worker; 0 reads in the training process."""
+
+
+class BatchStream(IterableDataset[Batch]):
+    """The endless batches of one rank, from `start_step` on."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        store_url: str,
+        config: ReaderConfig,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.shards, self.config, self.batch = shards.shards, config, batch
+        self.rank, self.start_step = rank, start_step
+        self.store = open_store(store_url)
+        self.per_rank = max(1, config.workers)
+        self.readers = world * self.per_rank
+        if len(self.shards) < self.readers:
+            raise TesseraError(
+                f"reader: {len(self.shards)} shards for {self.readers} readers ({world} training workers x "
+                f"{self.per_rank}); use fewer workers or smaller shards"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Worker w of a DataLoader serves every per_rank-th step, so after a resume they change places."""
+        info = get_worker_info()
+        worker = ((info.id if info else 0) + self.start_step) % self.per_rank
+        skipped = len(range(worker, self.start_step, self.per_rank))
+        examples = self._examples(self.rank * self.per_rank + worker, skipped * self.batch)
+        while True:
+            yield collate(list(itertools.islice(examples, self.batch)))
+
+    def _examples(self, reader: int, skip: int) -> Iterator[Example]:
+        for epoch in itertools.count():
+            shards = epoch_shards(self.shards, self.config.seed, epoch, reader, self.readers)
+            samples = sum(len(shard.image_ids) for shard in shards)
+            if skip >= samples:
+                skip -= samples
+                continue
+            for fields in itertools.islice(self._shuffled(shards, epoch, reader), skip, None):
+                yield self._example(fields, epoch)
+            skip = 0
+
+    def _shuffled(self, shards: list[Shard], epoch: int, reader: int) -> Iterator[dict[str, Any]]:
+        urls = [self.store.url_for(shard.key) for shard in shards]
+        raw = wds.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
+        rng = random.Random(f"{self.config.seed} {epoch} {reader}")
+        return iter(wds.shuffle(self.config.shuffle, initial=self.config.shuffle, rng=rng)(iter(raw)))
+
+    def _example(self, fields: dict[str, Any], epoch: int) -> Example:
+        example = to_example(fields)
+        coin = np.random.default_rng([self.config.seed, epoch, int(example.key)]).random()
+        return example.flipped() if self.config.flip and coin < 0.5 else example
+
+
+def to_example(fields: dict[str, Any]) -> Example:
+    """The files of one sample in a tar -> arrays."""
+    sample = from_fields(fields)
+    return Example(
+        fields["__key__"],
+        decode_image(sample.image),
+        sample.labels,
+        sample.semantic_d2,
+        sample.instance_d2,
+        sample.segments,
+    )
+
+
+def epoch_shards(shards: tuple[Shard, ...], seed: int, epoch: int, reader: int, readers: int) -> list[Shard]:
+    """The shards of one reader in one epoch: disjoint between readers, together all of them."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(shards))
+    return [shards[i] for i in order[reader::readers]]
+
+
+def load_batches(stream: BatchStream) -> Iterator[Batch]:
+    """Iterate over a stream, in `config.workers` processes where it wants any."""
+    workers = stream.config.workers
+    context = "forkserver" if workers else None  # forking a process that runs Ray's threads can hang
+    pin = torch.cuda.is_available()
+    return iter(
+        DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=context, pin_memory=pin)
+    )
+
+
+def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]:
+    """The files of each sample of one shard, in the order of the tar."""
+    url = open_store(store_url).url_for(shard.key)
+    yield from wds.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None)

@@ -1,0 +1,47 @@
+"""Finished runs on the store."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load
+
+from infra import artifacts
+from infra.store import open_store
+from preprocessing.labels import LabelTable
+from training.methods.base import Method
+from training.recipe import Recipe
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run and how it went."""
+
+    path: str
+    """Folder under the store's root; it holds the weights and the manifest."""
+    steps: int
+    workers: int
+    seconds: float
+    """Of the last attempt, waiting for workers included."""
+    history: tuple[dict[str, Any], ...]
+    """Rows of loop.Progress."""
+
+    @classmethod
+    def of(cls, path: str, manifest: dict[str, Any]) -> "TrainedRun":
+        """From the manifest's content."""
+        history = tuple(manifest["history"])
+        return cls(path, manifest["steps"], manifest["workers"], manifest["seconds"], history)
+
+
+def read_run(store_url: str, path: str) -> TrainedRun | None:
+    """The finished run at `path`, or None."""
+    content = artifacts.read_manifest(open_store(store_url), path)
+    return None if content is None else TrainedRun.of(path, content)
+
+
+def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -> Method:
+    """The trained method of a finished run, in evaluation mode, on the CPU."""
+    method = recipe.build(labels)
+    method.load_state_dict(load(open_store(store_url).read(f"{path}/{WEIGHTS}")))
+    return method.eval()

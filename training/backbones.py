@@ -66,16 +66,15 @@ class Vit(Backbone):
             raise TesseraError(f"backbone: layers {config.layers} are not in 1..{config.depth}")
         self.channels = (config.width,) * 4
         self.strides = (config.patch,) * 4
-        self.net = Dinov2Backbone(
-            Dinov2Config(
-                hidden_size=config.width,
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.heads,
-                patch_size=config.patch,
-                image_size=max(grid),
-                out_features=[f"stage{layer}" for layer in config.layers],
-            )
+        shape = Dinov2Config(
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            patch_size=config.patch,
+            image_size=max(grid),
         )
+        shape.out_features = [f"stage{layer}" for layer in config.layers]
+        self.net = Dinov2Backbone(shape)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """See Backbone."""

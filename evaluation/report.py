@@ -77,7 +77,7 @@ def to_markdown(recipe: Recipe, summary: dict[str, Any], images: int) -> str:
 
 def percent(value: float | None) -> str:
     """One decimal, or a dash where there is no value."""
-    return "–" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.1f}"
 
 
 def to_html(recipe: Recipe, run: TrainedRun, val_set: ShardSet, summary: dict[str, Any], scores: Scores) -> str:

@@ -81,6 +81,10 @@ class Recipe:
         """Evaluation shards: the images' own sizes, since PQ is measured there."""
         return dataclasses.replace(self.shards, grid=None)
 
+    def lasting(self, epochs: float) -> "Recipe":
+        """The same recipe for another number of epochs."""
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, epochs=epochs))
+
     def build(self, labels: LabelTable) -> Method:
         """A method with fresh weights."""
         assert self.shards.grid is not None  # checked above

@@ -73,7 +73,7 @@ def demo() -> Recipe:
             decode=DecodeConfig(grid=32, reach=6, min_area=3e-3),
         ),
         shards=ShardConfig(grid=(64, 64), radius=20, samples=150),
-        train=TrainConfig(batch=8, epochs=11, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
+        train=TrainConfig(batch=8, epochs=8, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
     )
 
 

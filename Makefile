@@ -1,0 +1,37 @@
+# The front door. Every target sets up what it needs; nothing has to be running.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install demo lint test slow bench clean
+
+install: $(READY)
+
+# torch comes first and by its exact version: a looser request brings gigabytes of CUDA packages.
+# panopticapi-lite comes without dependencies: its metadata would downgrade numpy, its code needs not.
+$(READY): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps -c constraints.txt panopticapi-lite
+	touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m pipelines.demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .tessera .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,43 @@
+"""Logs of flows: ours in them, and errors that are ours told in one line."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect.logging.handlers import APILogHandler
+
+from infra.errors import TesseraError
+
+
+class _OneLine(logging.Filter):
+    """Prefect logs every failure with its traceback; a TesseraError says all there is to know."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, TesseraError):
+            record.msg, record.args, record.exc_info, record.exc_text = str(error), (), None, None
+        return True
+
+
+@contextmanager
+def flow_logs() -> Iterator[None]:
+    """Send the loggers under `tessera` to the flow run's log and the console."""
+    ours, one_line = logging.getLogger("tessera"), _OneLine()
+    handlers = [APILogHandler(), *logging.getLogger("prefect").handlers]
+    engines = [logging.getLogger(f"prefect.{name}") for name in ("flow_runs", "task_runs")]
+    ours.setLevel(logging.INFO)
+    for handler in handlers:
+        ours.addHandler(handler)
+    for engine in engines:
+        engine.addFilter(one_line)  # stays: the flow's own failure is logged after this context
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            ours.removeHandler(handler)
+
+
+def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
+    """Retry what may pass by itself; a TesseraError stays the same."""
+    return not isinstance(state.result(raise_on_failure=False), TesseraError)

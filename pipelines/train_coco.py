@@ -1,0 +1,125 @@
+"""The flow train-coco: annotations -> shards -> trained weights -> PQ report."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+from prefect import Task, flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from evaluation.ray_evaluate import evaluate
+from evaluation.report import Report, write_report
+from infra import ray_cluster
+from infra.store import open_store
+from pipelines.logs import flow_logs, worth_a_retry
+from preprocessing.ray_precompute import precompute
+from preprocessing.shards import ShardConfig, ShardSet
+from preprocessing.synthetic import SyntheticConfig, write_set
+from training.ray_train import run_training
+from training.recipe import Recipe
+from training.recipes import RECIPES, recipe
+from training.run import TrainedRun
+
+log = logging.getLogger("tessera.flow")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SYNTHETIC = "synthetic"
+
+
+def _known(name: str) -> str:
+    recipe(name)
+    return name
+
+
+class TrainCoco(BaseModel):
+    """Parameters of train-coco."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field(
+        SYNTHETIC,
+        description="Folder in COCO's layout that every Ray worker can read, or 'synthetic': made here.",
+    )
+    train_split: str = Field("train2017", description="Images in <data>/<split>, masks in annotations.")
+    val_split: str = Field("val2017", description="The split that PQ is measured on.")
+    storage: str = Field(
+        ".tessera/store", description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*)."
+    )
+    recipe: Annotated[str, AfterValidator(_known)] = Field(
+        "demo", description="Method, options and training; see docs/recipes.md.", json_schema_extra={"enum": [*RECIPES]}
+    )
+    epochs: PositiveFloat | None = Field(None, description="Passes over the train split, if not the recipe's.")
+    workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch.")
+    gpus: bool = Field(False, description="One GPU per training worker.")
+    ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
+    bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the run.")
+    synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
+
+
+def _step(function: Callable[P, R]) -> Task[P, R]:
+    """A step of the flow; done steps are known by their manifests, so Prefect caches nothing."""
+    return task(retries=2, retry_delay_seconds=5, retry_condition_fn=worth_a_retry, cache_policy=NO_CACHE)(function)
+
+
+@flow(name="train-coco")
+def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (frozen)
+    """From panoptic annotations in COCO's layout to trained weights and a PQ report.
+
+    Every step is skipped whose output is on the store already; an interrupted one goes on. Returns the
+    report's URL and its figures.
+    """
+    chosen = recipe(job.recipe)
+    if job.epochs is not None:
+        chosen = chosen.lasting(job.epochs)
+    job = job.model_copy(update={"storage": open_store(job.storage).url})  # absolute: workers stand elsewhere
+    with flow_logs():
+        check_storage(job.storage)
+        root = find_data(job)
+        with ray_cluster.session(job.ray):
+            train_set = precompute_split(job, root, job.train_split, chosen.shards)
+            val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
+            run = train(job, chosen, train_set)
+            report = evaluate_run(job, chosen, run, val_set)
+        log.info("report: %s", report.url)
+    return {"report": report.url, **report.summary}
+
+
+@_step
+def check_storage(storage: str) -> None:
+    """Refuse at once a store that cannot be written."""
+    open_store(storage).check()
+
+
+@_step
+def find_data(job: TrainCoco) -> Path:
+    """The data set's folder; the synthetic one is written where it is not there yet."""
+    if job.data != SYNTHETIC:
+        return Path(job.data).resolve()
+    log.info("synthetic set: %d train and %d val images", job.synthetic.train, job.synthetic.val)
+    return write_set(Path(".tessera/data").resolve(), job.synthetic)
+
+
+@_step
+def precompute_split(job: TrainCoco, root: Path, split: str, config: ShardConfig) -> ShardSet:
+    """Shards of one split."""
+    return precompute(root, split, config, job.storage, job.bad_share)
+
+
+@_step
+def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet) -> TrainedRun:
+    """Weights."""
+    return run_training(chosen, train_set, job.storage, job.workers, job.gpus)
+
+
+@_step
+def evaluate_run(job: TrainCoco, chosen: Recipe, run: TrainedRun, val_set: ShardSet) -> Report:
+    """PQ, predictions and the report; its headline is an artifact of the flow run."""
+    path, scores = evaluate(chosen, run, val_set, job.storage)
+    report = write_report(chosen, run, val_set, job.storage, path, scores)
+    create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description="PQ on the val split")
+    return report

@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	@$(BIN)/python -m pipelines.demo
+	@$(BIN)/python -m pipelines.embedded
 
 lint: $(READY)
 	$(BIN)/ruff check .

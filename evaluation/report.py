@@ -33,6 +33,16 @@ class Report:
     markdown: str
 
 
+def read_report(recipe: Recipe, store_url: str, path: str) -> Report | None:
+    """The report at `path`, or None if it is not finished."""
+    store = open_store(store_url)
+    manifest = artifacts.read_manifest(store, path)
+    if manifest is None:
+        return None
+    summary = json.loads(store.read(f"{path}/report.json"))
+    return Report(store.url_for(f"{path}/report.html"), summary, to_markdown(recipe, summary, manifest["images"]))
+
+
 def write_report(
     recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str, path: str, scores: Scores
 ) -> Report:

@@ -4,21 +4,18 @@
 """
 
 import argparse
-import ctypes
 import json
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +23,11 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from infra import processes
 from infra.errors import TesseraError
 
 _START_SECONDS = 30
-_STOP_SECONDS = 10
 _SERVICES = ["master", "volume", "filer", "s3", "admin"]
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Loaded here because between fork and exec only the call itself is safe.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -70,14 +64,15 @@ def seaweed(folder: Path, bucket: str) -> Iterator[S3Server]:
     folder.mkdir(parents=True, exist_ok=True)
     # A short private folder: a unix socket's path may have 107 bytes, and the identities hold the secret.
     with tempfile.TemporaryDirectory(prefix="weed-") as scratch:
-        ports = _free_ports([f"{name}.port{twin}" for name in _SERVICES for twin in ("", ".grpc")])
+        names = [f"{name}.port{twin}" for name in _SERVICES for twin in ("", ".grpc")]
+        ports = dict(zip(names, processes.free_ports(len(names)), strict=True))
         server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", "tessera", secrets.token_hex(20), bucket)
         process = _start(server, folder.resolve(), Path(scratch), ports)
         try:
             _wait_until_ready(server, process, Path(scratch, "log"))
             yield server
         finally:
-            _stop(process)
+            processes.stop(process)
             # These weed puts in /tmp whatever it is told, and leaves some behind.
             for name in _SERVICES:
                 Path(f"/tmp/seaweedfs-{name}-grpc-{ports[f'{name}.port.grpc']}.sock").unlink(missing_ok=True)
@@ -107,17 +102,8 @@ def _start(server: S3Server, folder: Path, scratch: Path, ports: dict[str, int])
     }
     # Nothing is inherited: weed would take AWS_* for its own, and ~/.seaweedfs for its settings.
     environment = {"GOMEMLIMIT": "300MiB", "HOME": str(scratch), "TMPDIR": str(scratch)}
-    with (scratch / "log").open("wb") as log:
-        return subprocess.Popen(
-            [_binary(), "mini", *(f"-{name}={value}" for name, value in flags.items())],
-            cwd=scratch,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
+    command = [_binary(), "mini", *(f"-{name}={value}" for name, value in flags.items())]
+    return processes.start(command, environment, scratch, scratch / "log")
 
 
 def _binary() -> str:
@@ -132,23 +118,6 @@ def _identities(server: S3Server) -> dict[str, list[dict[str, object]]]:
     credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     return {"identities": [{"name": server.access_key, "credentials": credentials, "actions": actions}]}
-
-
-def _free_ports(names: list[str]) -> dict[str, int]:
-    """A free port for each name, below the range that the kernel gives to outgoing connections."""
-    ports: dict[str, int] = {}
-    with ExitStack() as held:
-        while len(ports) < len(names):
-            candidate = held.enter_context(socket.socket())
-            with suppress(OSError):
-                candidate.bind(("127.0.0.1", random.randrange(10_000, 32_768)))
-                ports[names[len(ports)]] = candidate.getsockname()[1]
-    return ports
-
-
-def _die_with_parent() -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -170,14 +139,6 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: P
         time.sleep(0.05)
     tail = log.read_text(errors="replace")[-2000:]
     raise TesseraError(f"SeaweedFS did not come up at {server.endpoint}; its last words:\n{tail}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, number)
-            process.wait(_STOP_SECONDS)
-            return
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from evaluation.ray_evaluate import evaluate
-from evaluation.report import Report, write_report
+from evaluation.report import Report
 from infra import ray_cluster
 from infra.store import open_store
 from pipelines.logs import flow_logs, worth_a_retry
+from preprocessing.coco import check_layout
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, ShardSet
 from preprocessing.synthetic import SyntheticConfig, write_set
@@ -99,7 +100,10 @@ def check_storage(storage: str) -> None:
 def find_data(job: TrainCoco) -> Path:
     """The data set's folder; the synthetic one is written where it is not there yet."""
     if job.data != SYNTHETIC:
-        return Path(job.data).resolve()
+        root = Path(job.data).resolve()
+        for split in (job.train_split, job.val_split):
+            check_layout(root, split)
+        return root
     log.info("synthetic set: %d train and %d val images", job.synthetic.train, job.synthetic.val)
     return write_set(Path(".tessera/data").resolve(), job.synthetic)
 
@@ -119,7 +123,6 @@ def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet) -> TrainedRun:
 @_step
 def evaluate_run(job: TrainCoco, chosen: Recipe, run: TrainedRun, val_set: ShardSet) -> Report:
     """PQ, predictions and the report; its headline is an artifact of the flow run."""
-    path, scores = evaluate(chosen, run, val_set, job.storage)
-    report = write_report(chosen, run, val_set, job.storage, path, scores)
+    report = evaluate(chosen, run, val_set, job.storage)
     create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description="PQ on the val split")
     return report

@@ -70,12 +70,7 @@ def read_index(root: str | Path, split: str) -> CocoIndex:
     Raises TesseraError for a missing folder or file, a JSON that is not a panoptic one, and an empty data
     set. Entries that cannot be paired (a PNG without JSON entry, an entry without image) are rejected.
     """
-    folder = Path(root)
-    masks, images = folder / "annotations" / f"panoptic_{split}", folder / split
-    annotation_file = masks.with_suffix(".json")
-    for path in (folder, annotation_file, masks, images):
-        if not path.exists():
-            raise TesseraError(f"{path}: not found (expected COCO's layout under {folder})")
+    annotation_file, masks, images = check_layout(root, split)
     content = _read_json(annotation_file)
     labels = LabelTable.from_coco(content["categories"], str(annotation_file))
     image_by_id = {entry["id"]: entry for entry in content["images"]}
@@ -89,6 +84,17 @@ def read_index(root: str | Path, split: str) -> CocoIndex:
     if not records:
         raise TesseraError(f"{annotation_file}: the data set is empty, no image has an annotation")
     return CocoIndex(labels, tuple(records), tuple(rejected))
+
+
+def check_layout(root: str | Path, split: str) -> tuple[Path, Path, Path]:
+    """Annotation JSON, PNG folder and image folder of a split. TesseraError naming what is not there."""
+    folder = Path(root)
+    masks = folder / "annotations" / f"panoptic_{split}"
+    paths = masks.with_suffix(".json"), masks, folder / split
+    for path in (folder, *paths):
+        if not path.exists():
+            raise TesseraError(f"{path}: not found (expected COCO's layout under {folder})")
+    return paths
 
 
 def _read_json(path: Path) -> dict[str, Any]:

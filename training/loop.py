@@ -47,6 +47,11 @@ class Progress:
     data_wait: float
     """Share of the time spent waiting for batches."""
 
+    def __str__(self) -> str:
+        losses = " ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
+        pace = f"{self.images_per_s:.1f} images/s, {self.data_wait:.0%} waiting for data"
+        return f"step {self.step} of {self.steps}: {losses} | {pace}"
+
 
 class NonFiniteLoss(TesseraError):
     """Training stopped before a step that would have spoiled the weights."""

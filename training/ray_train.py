@@ -63,7 +63,7 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     job = TrainJob(recipe, store.url, train_set.path, path)
     task = ray.remote(_fit).options(num_cpus=0, max_retries=0).remote(job, workers, gpus, board)
-    ray_cluster.wait_for(task, lambda: _log_progress(board))
+    ray_cluster.wait_for(task, lambda: _log_lines(board))
     failure = ray.get(board.failure.remote())
     if failure:
         raise TesseraError(failure)
@@ -102,7 +102,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     def report(progress: Progress, state: State | None) -> None:
         if place.rank == 0:
-            board.add.remote(progress)
+            board.say.remote(str(progress))
         if state is None:
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -112,10 +112,12 @@ def _worker(config: dict[str, Any]) -> None:
                 checkpoint = Checkpoint.from_directory(folder)
             ray.train.report(asdict(progress), checkpoint=checkpoint)
 
-    shards = read_set(store, job.train_set)
+    shards, state = read_set(store, job.train_set), _newest_state()
     assert shards is not None  # the flow made it before
+    if state is not None and place.rank == 0:
+        board.say.remote(f"going on from the checkpoint of step {state['step']}")
     try:
-        method, history = train(job.recipe, shards, job.store_url, place, _newest_state(), report)
+        method, history = train(job.recipe, shards, job.store_url, place, state, report)
     except TesseraError as error:  # the same input would fail again: no restart
         ray.get(board.fail.remote(str(error)))
         return
@@ -138,11 +140,11 @@ class _Board:
     """Where workers leave what the flow's log shows: their own output stays on their machines."""
 
     def __init__(self) -> None:
-        self.lines: list[Progress] = []
+        self.lines: list[str] = []
         self.problem = ""
 
-    def add(self, progress: Progress) -> None:
-        self.lines.append(progress)
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
     def fail(self, problem: str) -> None:
         self.problem = problem
@@ -150,19 +152,11 @@ class _Board:
     def failure(self) -> str:
         return self.problem
 
-    def take(self) -> list[Progress]:
+    def take(self) -> list[str]:
         lines, self.lines = self.lines, []
         return lines
 
 
-def _log_progress(board: Any) -> None:
+def _log_lines(board: Any) -> None:
     for line in ray.get(board.take.remote()):
-        losses = " ".join(f"{name} {value:.3f}" for name, value in line.losses.items())
-        log.info(
-            "step %d of %d: %s | %.1f images/s, %.0f%% waiting for data",
-            line.step,
-            line.steps,
-            losses,
-            line.images_per_s,
-            100 * line.data_wait,
-        )
+        log.info("%s", line)

@@ -46,7 +46,7 @@ def coco_mini() -> Recipe:
             decode=DecodeConfig(grid=80, reach=12, min_area=2e-3, min_stuff_area=5e-3),
         ),
         shards=ShardConfig(grid=(128, 128), radius=50, samples=20),
-        train=TrainConfig(batch=8, epochs=60, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
+        train=TrainConfig(batch=8, epochs=30, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
     )
 
 

@@ -1,0 +1,54 @@
+"""A temporary Prefect server for runs without one."""
+
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.error import URLError
+
+from infra import processes
+from infra.errors import TesseraError
+
+_START_SECONDS = 120
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[None]:
+    """Serve on loopback, keeping runs in `home`, and set the environment to it; before Prefect is imported.
+
+    Where PREFECT_API_URL names a server already, that one is used. Prefect's own ephemeral server is not:
+    it stays behind when this process is killed. TesseraError if the server is not up within two minutes.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        yield
+        return
+    home.mkdir(parents=True, exist_ok=True)  # the database does not make it
+    (port,) = processes.free_ports(1)
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ |= {
+        "PREFECT_HOME": str(home.resolve()),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    application = ["--factory", "prefect.server.api.server:create_app"]
+    command = [sys.executable, "-m", "uvicorn", *application, "--host", "127.0.0.1", "--port", str(port)]
+    process = processes.start(command, os.environ, home, home / "server.log")
+    try:
+        _wait_until_ready(url, home / "server.log")
+        yield
+    finally:
+        processes.stop(process)
+
+
+def _wait_until_ready(url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(URLError, ConnectionError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.1)
+    raise TesseraError(f"the Prefect server did not come up at {url}; see {log}")

@@ -53,10 +53,15 @@ def _job(arguments: list[str]) -> "TrainCoco":
 
 
 def _run(job: "TrainCoco") -> None:
+    from prefect.logging.handlers import APILogHandler
+
     from pipelines.train_coco import train_coco
 
     started = time.monotonic()
-    result = train_coco(job)
+    try:
+        result = train_coco(job)
+    finally:
+        APILogHandler().flush()  # the server is about to go
     print(f"done in {time.monotonic() - started:.0f} s")
     figures = {group: result["pq"][group] for group in ("all", "things", "stuff")}
     shown = {group: "none" if value is None else f"{value:.1f}" for group, value in figures.items()}

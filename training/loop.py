@@ -107,20 +107,20 @@ class _Run:
     def __post_init__(self) -> None:
         groups = self.method.parameter_groups(self.config.lr, self.config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_share)
+        self.peaks = [group["lr"] for group in groups]
 
-    def _lr_share(self, step: int) -> float:
-        """Linear warm-up, then cosine to 0 at the end of the run."""
+    def set_lr(self) -> None:
+        """Linear warm-up, then cosine to 0 at the end of the run: a function of the step alone."""
         warmup = max(1, round(self.config.warmup * self.steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
-        return min(1.0, (step + 1) / warmup) * cosine
+        share = min(1.0, (self.step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = share * peak
 
     def state(self) -> State:
         return {
             "step": self.step,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch},
             "rng": torch.get_rng_state(),
             "history": self.history,
         }
@@ -128,7 +128,6 @@ class _Run:
     def restore(self, state: State) -> None:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"])
         self.step, self.history = state["step"], list(state["history"])
 
@@ -159,8 +158,8 @@ def _step(
     if not math.isfinite(norm):  # after the exchange of gradients, so that all ranks see it
         told = {name: float(value) for name, value in sums.items()}
         raise NonFiniteLoss(f"step {run.step}: gradient norm {norm}, losses {told}, samples {', '.join(keys)}")
+    run.set_lr()
     run.optimizer.step()
-    run.schedule.step()
     run.step += 1
     return sums, norm
 

@@ -1,0 +1,58 @@
+import pytest
+
+from infra.errors import TesseraError
+from preprocessing.labels import Category, LabelTable
+
+COCO = [
+    {"id": 90, "name": "toothbrush", "isthing": 1, "color": [191, 162, 208], "supercategory": "indoor"},
+    {"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60]},
+    {"id": 200, "name": "rug", "isthing": 0, "color": [0, 0, 0]},
+]
+
+
+def test_a_table_survives_the_round_trip_through_coco():
+    table = LabelTable.from_coco(COCO)
+    assert LabelTable.from_coco(table.to_coco()) == table
+    assert table.categories[0] == Category(90, "toothbrush", True, (191, 162, 208))
+
+
+def test_contiguous_ids_follow_the_file():
+    table = LabelTable.from_coco(COCO)
+    assert len(table) == 3
+    assert table.contiguous == {90: 0, 1: 1, 200: 2}
+    assert table.is_thing.tolist() == [True, True, False]
+    assert table.names == ("toothbrush", "person", "rug")
+    assert table.colors.tolist() == [[191, 162, 208], [220, 20, 60], [0, 0, 0]]
+
+
+def test_black_is_a_colour():
+    assert LabelTable.from_coco(COCO).categories[2].color == (0, 0, 0)
+
+
+def test_missing_colours_are_made_up_and_differ():
+    table = LabelTable.from_coco([{"id": i, "name": str(i), "isthing": 0} for i in range(256)])
+    assert len({c.color for c in table.categories}) == 256
+    assert LabelTable.from_coco(table.to_coco()) == table
+
+
+def test_a_repeated_id_is_named():
+    with pytest.raises(TesseraError, match=r"\[90\].*more than once"):
+        LabelTable.from_coco([*COCO, {"id": 90, "name": "other", "isthing": 0}])
+
+
+def test_a_missing_isthing_hints_at_the_detection_json():
+    with pytest.raises(TesseraError, match=r"my\.json.*'cat'.*isthing.*detection JSON"):
+        LabelTable.from_coco([{"id": 5, "name": "cat", "supercategory": "animal"}], "my.json")
+
+
+@pytest.mark.parametrize("name", ["id", "name"])
+def test_another_missing_field_is_named_without_the_hint(name: str):
+    entry = {"id": 5, "name": "cat", "isthing": 1}
+    del entry[name]
+    with pytest.raises(TesseraError, match=rf"my\.json.*lacks \['{name}'\]$"):
+        LabelTable.from_coco([entry], "my.json")
+
+
+def test_an_empty_table_is_refused():
+    with pytest.raises(TesseraError, match="empty"):
+        LabelTable.from_coco([])

@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from panopticapi.evaluation import pq_compute_single_core
+
+from infra.errors import TesseraError
+from preprocessing.coco import read_index, read_sample
+from preprocessing.rgb_ids import read_png
+from preprocessing.synthetic import CATEGORIES, SyntheticConfig, write_set
+from tests.support.coco_folder import CocoFolder
+
+SMALL = {"val": 2, "size": (32, 40)}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("many"), SyntheticConfig(train=200, val=20, size=(48, 48)))
+
+
+@pytest.fixture(scope="module")
+def truths(many: Path) -> list:
+    index = read_index(many, "train2017")
+    return [read_sample(record, index.labels)[1] for record in index.records]
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
+    first, second = (contents(write_set(tmp_path / name, SyntheticConfig(train=5, **SMALL))) for name in "ab")
+    assert first == second
+    assert len(first) == 2 * (5 + 2) + 2
+
+
+def test_another_seed_gives_other_scenes(tmp_path: Path):
+    first, second = (contents(write_set(tmp_path, SyntheticConfig(train=5, seed=seed, **SMALL))) for seed in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(first[name] != second[name] for name in first)
+
+
+def test_no_two_scenes_are_alike(many: Path):
+    for split in ("train2017", "val2017"):
+        assert len({p.read_bytes() for p in (many / split).iterdir()}) == len(list((many / split).iterdir()))
+    assert not {p.name for p in (many / "train2017").iterdir()} & {p.name for p in (many / "val2017").iterdir()}
+
+
+def test_an_image_is_the_same_whatever_the_sets_size(tmp_path: Path):
+    few, more = (write_set(tmp_path, SyntheticConfig(train=train, **SMALL)) for train in (3, 6))
+    small, large = contents(few), contents(more)
+    files = {name for name in small if not name.endswith(".json")}
+    assert {name: small[name] for name in files} == {name: large[name] for name in files}
+    entries = [json.loads(CocoFolder(root).json.read_text())["annotations"][:3] for root in (few, more)]
+    assert entries[0] == entries[1]
+
+
+def test_a_finished_set_is_left_as_it_is(tmp_path: Path):
+    config = SyntheticConfig(train=2, **SMALL)
+    root = write_set(tmp_path, config)
+    (root / "mark").touch()
+    assert write_set(tmp_path, config) == root
+    assert (root / "mark").exists()
+    assert [p.name for p in tmp_path.iterdir()] == [root.name]
+
+
+def test_a_killed_write_leaves_no_set_and_is_taken_up(tmp_path: Path):
+    config = SyntheticConfig(train=3, **SMALL)
+    whole = write_set(tmp_path / "whole", config)
+    half = tmp_path / "half" / f"{whole.name}.part" / "train2017"
+    half.mkdir(parents=True)
+    (half / "000000000001.jpg").write_bytes(b"\xff\xd8")
+    assert contents(write_set(tmp_path / "half", config)) == contents(whole)
+
+
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"size": (15, 64)}])
+def test_a_set_of_no_use_is_refused(wrong: dict):
+    with pytest.raises(TesseraError, match="synthetic"):
+        SyntheticConfig(**wrong)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train2017", 200), ("val2017", 20)])
+def test_every_sample_is_sound_and_its_rows_are_true(many: Path, split: str, count: int):
+    index = read_index(many, split)
+    assert (len(index.records), index.rejected, index.labels) == (count, (), CATEGORIES)
+    for record in index.records:
+        _, truth = read_sample(record, index.labels)
+        assert [s.area for s in truth.segments] == [row["area"] for row in record.segments_info]
+        assert [list(s.box) for s in truth.segments] == [row["bbox"] for row in record.segments_info]
+
+
+def test_the_scenes_hold_what_makes_annotations_hard(many: Path, truths: list):
+    segments = [s for truth in truths for s in truth.segments]
+    assert {s.category for s in segments} == set(range(len(CATEGORIES)))
+    assert sum(s.is_crowd for s in segments) >= 10
+    assert all(s.is_thing for s in segments if s.is_crowd)
+    assert sum((truth.ids == 0).any() for truth in truths) >= 50
+    assert sum(touching_things(truth) for truth in truths) >= 20  # one occludes the other
+    assert max(row["id"] for r in read_index(many, "train2017").records for row in r.segments_info) > 2**23
+
+
+def touching_things(truth) -> bool:
+    thing = np.array([0] + [s.id * (s.is_thing and not s.is_crowd) for s in truth.segments])[truth.ids]
+    return any(
+        ((a != b) & (a > 0) & (b > 0)).any() for a, b in ((thing[1:], thing[:-1]), (thing[:, 1:], thing[:, :-1]))
+    )
+
+
+def test_the_panoptic_api_gives_the_truth_full_marks(many: Path):
+    coco = CocoFolder(many, "val2017")
+    content = json.loads(coco.json.read_text())
+    pairs = [(entry, json.loads(json.dumps(entry))) for entry in content["annotations"]]
+    categories = {c["id"]: c for c in content["categories"]}
+    stat = pq_compute_single_core(0, pairs, str(coco.masks), str(coco.masks), categories)
+    result, _ = stat.pq_average(categories, isthing=None)
+    crowds = sum(row["iscrowd"] for entry, _ in pairs for row in entry["segments_info"])
+    assert (result["pq"], result["n"]) == (1.0, 7)
+    assert sum(c.tp for c in stat.pq_per_cat.values()) == sum(len(e["segments_info"]) for e, _ in pairs) - crowds
+
+
+def test_png_ids_are_those_of_the_json(many: Path):
+    coco = CocoFolder(many, "val2017")
+    for position, entry in enumerate(json.loads(coco.json.read_text())["annotations"]):
+        ids = set(np.unique(read_png(coco.mask(position).read_bytes()))) - {0}
+        assert ids == {row["id"] for row in entry["segments_info"]}

@@ -42,9 +42,10 @@ def _borders(ids_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def encode_png(picture: Picture) -> bytes:
-    """PNG bytes; pictures under 128 px are enlarged by whole factors, so that a report can show them."""
-    image = Image.fromarray(picture)
-    factor = max(1, 128 // max(picture.shape[:2]))
+    """PNG bytes for a report: small pictures enlarged by a whole factor, large ones shrunk to 400 px."""
+    image, longest = Image.fromarray(picture), max(picture.shape[:2])
+    scale = max(1, 128 // longest) if longest <= 400 else 400 / longest
+    size = round(scale * image.width), round(scale * image.height)
     buffer = io.BytesIO()
-    image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST).save(buffer, "PNG")
+    image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX).save(buffer, "PNG")
     return buffer.getvalue()

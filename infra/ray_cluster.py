@@ -86,7 +86,8 @@ def map_tasks(
             pending += [remote.remote(*a) for a in islice(waiting, window - len(pending))]
             if not pending:
                 return results
-            done, pending = ray.wait(pending, timeout=1.0)
+            with _signals_pass():
+                done, pending = ray.wait(pending, timeout=1.0)
             for result in _results(done):
                 results.append(result)
                 on_done(result)
@@ -103,12 +104,22 @@ def wait_for(task: Any, watch: Callable[[], None]) -> Any:
     done: list[Any] = []
     try:
         while not done:
-            done, _ = ray.wait([task], timeout=1.0)
-            watch()
+            with _signals_pass():
+                done, _ = ray.wait([task], timeout=1.0)
+                watch()
     finally:
         if not done:
             ray.cancel(task, force=False)
     return _results(done)[0]
+
+
+@contextmanager
+def _signals_pass() -> Iterator[None]:
+    """Let through what a signal handler raises, as Prefect's does on cancelling: Ray wraps it as an error."""
+    try:
+        yield
+    except SystemError as error:
+        raise error.__cause__ or error from None
 
 
 def _results(done: list[Any]) -> list[Any]:

@@ -148,7 +148,8 @@ def _pictures(method: Method, sample: Sample, prediction: PanopticMap) -> dict[s
     pictures |= method.views(_inputs(method, [sample]))[0]
     pictures["predicted panoptic"] = panoptic_overlay(image_HW3, prediction, method.labels)
     pictures["ground truth"] = panoptic_overlay(image_HW3, sample.panoptic, method.labels)
-    return {title: base64.b64encode(encode_png(picture)).decode() for title, picture in pictures.items()}
+    size = sample.panoptic.size
+    return {title: base64.b64encode(encode_png(picture, size)).decode() for title, picture in pictures.items()}
 
 
 def _to_json(score: ShardScore) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 
@@ -41,11 +42,16 @@ def _borders(ids_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
     return borders
 
 
-def encode_png(picture: Picture) -> bytes:
-    """PNG bytes for a report: small pictures enlarged by a whole factor, large ones shrunk to 400 px."""
-    image, longest = Image.fromarray(picture), max(picture.shape[:2])
+def encode_png(picture: Picture, shape: Size) -> bytes:
+    """PNG bytes for a report, in the proportions of an image of (height, width) `shape`.
+
+    Images under 128 px are enlarged by a whole factor, those over 400 px shrunk to it.
+    """
+    longest = max(shape)
     scale = max(1, 128 // longest) if longest <= 400 else 400 / longest
-    size = round(scale * image.width), round(scale * image.height)
+    size = round(scale * shape[1]), round(scale * shape[0])
+    shrinks = size[0] < picture.shape[1]
     buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX).save(buffer, "PNG")
+    resampling = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
+    Image.fromarray(picture).resize(size, resampling).save(buffer, "PNG")
     return buffer.getvalue()

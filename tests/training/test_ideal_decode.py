@@ -1,0 +1,56 @@
+"""Decoding the embeddings and classes of the ground truth itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evaluation.pq import PQStats, compare, summarise
+from preprocessing.coco import read_index
+from preprocessing.sample import decode_image, make_sample
+from preprocessing.synthetic import SyntheticConfig, write_set
+from training.batch import Example, collate
+from training.methods.generalist.config import GeneralistConfig
+from training.methods.generalist.decode import decode
+from training.methods.generalist.targets import IGNORE, make_targets
+from training.recipes import demo
+
+COCO_MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
+
+
+def ideal_pq(root, split, config, grid):
+    """PQ at the images' own sizes of targets made on `grid` (None: their own) and decoded."""
+    index = read_index(root, split)
+    stats = PQStats.zero(len(index.labels))
+    void = next(i for i, thing in enumerate(index.labels.is_thing) if thing)  # a thing class outside of all instances
+    for record in index.records:
+        truth = make_sample(record, index.labels, None, 1).panoptic
+        sample = make_sample(record, index.labels, grid, 1)
+        maps = (sample.labels, sample.semantic_d2, sample.instance_d2)
+        batch = collate([Example("", decode_image(sample.image), *maps, sample.segments)])
+        targets = make_targets(batch, config)
+        classes_HW = targets.classes_BHW[0]
+        classes_HW[classes_HW == IGNORE] = void
+        predicted = decode(classes_HW, targets.embedding_BEHW[0], truth.size, index.labels, config)
+        stats += compare(truth, predicted, len(index.labels))
+    return summarise(stats, index.labels)["pq"]
+
+
+@pytest.mark.parametrize("config", [demo().method, GeneralistConfig()], ids=["demo", "paper"])
+def test_ideal_predictions_of_synthetic_scenes_keep_pq_99(tmp_path, config, record_property):
+    root = write_set(tmp_path, SyntheticConfig(train=1, val=150))
+    pq = ideal_pq(root, "val2017", config, None)
+    record_property("pq", pq["all"])
+    assert pq["all"] >= 99
+    assert pq["things"] >= 99
+
+
+@pytest.mark.parametrize(("grid", "least"), [((420, 420), 97.0), (None, 99.5)], ids=["420x420", "own size"])
+@pytest.mark.parametrize("reach", [2.5, 12.0])
+def test_ideal_predictions_of_coco_survive_any_reach(grid, least, reach, record_property):
+    if not COCO_MINI.exists():
+        pytest.skip(f"needs {COCO_MINI}")
+    config = GeneralistConfig(decode=replace(GeneralistConfig().decode, reach=reach))
+    pq = ideal_pq(COCO_MINI, "val2017", config, grid)
+    record_property("pq", pq["all"])
+    assert pq["all"] >= least

@@ -24,7 +24,7 @@ class VitConfig:
 class StemVitConfig:
     """Ours: a convolutional stem with coordinate channels, then transformer blocks at its last stride.
 
-    For training from scratch at small sizes, where a plain ViT needs far more steps (REFERENCE.md, "From
+    For training from scratch at small sizes, where a plain ViT needs far more steps (docs/results.md, "From
     scratch"). The maps of the stem's stages are the features, finest first.
     """
 

@@ -25,6 +25,26 @@ def base_420() -> Recipe:
     )
 
 
+def _from_scratch(decode: DecodeConfig) -> GeneralistConfig:
+    """A small net that learns without pretrained weights.
+
+    It departs from the paper where training from scratch needs it (docs/results.md): a convolutional stem, relative
+    head, squared distance, half period, no Dice, both tasks in every batch, D scaled to the image.
+    """
+    return GeneralistConfig(
+        backbone=StemVitConfig(),
+        decoder_widths=(128, 64, 32, 16, 16),
+        frequencies=3,
+        half_period=True,
+        relative=True,
+        squared=True,
+        eds_distance=8.0,
+        dice=0.0,
+        tasks="joint",
+        decode=decode,
+    )
+
+
 def coco_mini() -> Recipe:
     """A small net from scratch on a hundred COCO images at 128 x 128: shows the way through, not quality.
 
@@ -33,18 +53,7 @@ def coco_mini() -> Recipe:
     """
     return Recipe(
         name="coco_mini",
-        method=GeneralistConfig(
-            backbone=StemVitConfig(),
-            decoder_widths=(128, 64, 32, 16, 16),
-            frequencies=3,
-            half_period=True,
-            relative=True,
-            squared=True,
-            eds_distance=8.0,
-            dice=0.0,
-            tasks="joint",
-            decode=DecodeConfig(grid=80, reach=12, min_area=2e-3, min_stuff_area=5e-3),
-        ),
+        method=_from_scratch(DecodeConfig(grid=80, reach=12, min_area=2e-3, min_stuff_area=5e-3)),
         shards=ShardConfig(grid=(128, 128), radius=50, samples=20),
         train=TrainConfig(batch=8, epochs=30, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
     )
@@ -53,25 +62,12 @@ def coco_mini() -> Recipe:
 def demo() -> Recipe:
     """Small net from scratch on the synthetic set at 64 x 64: what `make demo` runs.
 
-    Departs from the paper where REFERENCE.md's trials say that training from scratch needs it: relative
-    head, squared distance, half period, no Dice, both tasks in every batch, D scaled to the image.
     Expected: PQ 75 or more, 60 on things. Hardware: 2 CPU cores, under 5 minutes.
     Measured: see docs/results.md.
     """
     return Recipe(
         name="demo",
-        method=GeneralistConfig(
-            backbone=StemVitConfig(),
-            decoder_widths=(128, 64, 32, 16, 16),
-            frequencies=3,
-            half_period=True,
-            relative=True,
-            squared=True,
-            eds_distance=8.0,
-            dice=0.0,
-            tasks="joint",
-            decode=DecodeConfig(grid=32, reach=6, min_area=3e-3),
-        ),
+        method=_from_scratch(DecodeConfig(grid=32, reach=6, min_area=3e-3)),
         shards=ShardConfig(grid=(64, 64), radius=20, samples=150),
         train=TrainConfig(batch=8, epochs=8, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
     )

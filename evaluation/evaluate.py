@@ -46,6 +46,7 @@ class EvalJob:
     shard: Shard
     gallery: frozenset[int]
     """Image ids to draw pictures of."""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     key = f"{job.path}/shards/{name}.json"
     if store.exists(key):
         return _from_json(json.loads(store.read(key)))
-    method = _cached_method(job.recipe, job.labels, job.store_url, job.run)
+    method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     stats, annotations, pictures = PQStats.zero(len(job.labels)), [], {}
     for samples in _chunks(read_shard_samples(job.store_url, job.shard)):
         for sample, prediction in zip(samples, predict(method, samples), strict=True):
@@ -131,9 +132,10 @@ def _chunks(fields: Iterator[dict[str, Any]]) -> Iterator[list[Sample]]:
 
 
 def _inputs(method: Method, samples: Sequence[Sample]) -> torch.Tensor:
-    """uint8 (B, 3, H, W) on the method's grid."""
+    """uint8 (B, 3, H, W) on the method's grid and device."""
     images = [decode_image(sample.image, method.grid) for sample in samples]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    images_BHW3 = torch.from_numpy(np.stack(images)).to(next(method.parameters()).device)
+    return images_BHW3.permute(0, 3, 1, 2).contiguous()
 
 
 @lru_cache(maxsize=1)

@@ -56,7 +56,7 @@ class TrainCoco(BaseModel):
     )
     epochs: PositiveFloat | None = Field(None, description="Passes over the train split, if not the recipe's.")
     workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch.")
-    gpus: bool = Field(False, description="One GPU per training worker.")
+    gpus: bool = Field(False, description="One GPU per training worker and evaluation task.")
     ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
     bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the run.")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
@@ -123,6 +123,6 @@ def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet) -> TrainedRun:
 @_step
 def evaluate_run(job: TrainCoco, chosen: Recipe, run: TrainedRun, val_set: ShardSet) -> Report:
     """PQ, predictions and the report; its headline is an artifact of the flow run."""
-    report = evaluate(chosen, run, val_set, job.storage)
+    report = evaluate(chosen, run, val_set, job.storage, job.gpus)
     create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description="PQ on the val split")
     return report

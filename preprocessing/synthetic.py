@@ -6,6 +6,7 @@ nobody labelled, crowds, random 24-bit ids, category ids with gaps.
 """
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,15 +68,23 @@ class Scene:
 def write_set(folder: Path, config: SyntheticConfig) -> Path:
     """Write `<folder>/<hash of config>` in COCO's layout and return it; a finished one is left as it is.
 
-    The splits are written to a folder of another name that gets its own at the end: no half set is seen.
+    The splits are written to a folder of another name that gets its own at the end: no half set is seen,
+    and of two processes at once one wins.
     """
     target = folder / f"synthetic-{artifacts.digest(1, config)}"
     if target.exists():
         return target
-    making = target.with_name(f"{target.name}.part")
-    for offset, (split, count) in enumerate((("train2017", config.train), ("val2017", config.val))):
-        _write_split(making, split, count, offset * 1_000_000, config)
-    return making.rename(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{target.name}.part-") as making:
+        root = Path(making) / "set"
+        for offset, (split, count) in enumerate((("train2017", config.train), ("val2017", config.val))):
+            _write_split(root, split, count, offset * 1_000_000, config)
+        try:
+            root.rename(target)
+        except OSError:  # another process was first, with the same content
+            if not target.exists():
+                raise
+    return target
 
 
 def _write_split(root: Path, split: str, count: int, first_id: int, config: SyntheticConfig) -> None:

@@ -72,6 +72,7 @@ class Vit(Backbone):
             num_attention_heads=config.heads,
             patch_size=config.patch,
             image_size=max(grid),
+            use_mask_token=False,  # of its pretraining; it would never get a gradient here
         )
         shape.out_features = [f"stage{layer}" for layer in config.layers]
         self.net = Dinov2Backbone(shape)

@@ -60,13 +60,16 @@ class Example:
     def flipped(self) -> "Example":
         """Mirrored left to right; stored targets stay exact."""
         width = self.labels_HW.shape[1]
-        mirrored = tuple(
-            s if s.centroid is None else replace(s, centroid=(width - 1 - s.centroid[0], s.centroid[1]))
-            for s in self.segments
-        )
+        mirrored = tuple(_mirrored(segment, width) for segment in self.segments)
         maps = (self.image_HW3, self.labels_HW, self.semantic_d2_HW, self.instance_d2_HW)
         image_HW3, labels_HW, semantic_d2_HW, instance_d2_HW = (m[:, ::-1] for m in maps)
         return Example(self.key, image_HW3, labels_HW, semantic_d2_HW, instance_d2_HW, mirrored)
+
+
+def _mirrored(segment: Segment, width: int) -> Segment:
+    x, y, box_width, height = segment.box
+    centroid = segment.centroid and (width - 1 - segment.centroid[0], segment.centroid[1])
+    return replace(segment, box=(width - x - box_width, y, box_width, height), centroid=centroid)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -68,8 +68,10 @@ def _nearest(values_DP: Tensor, codes_GD: Tensor) -> tuple[Tensor, Tensor]:
     """Largest dot product of each column with a code, and its cell, refined between cells."""
     scores_GP = codes_GD @ values_DP
     best_P, cell_P = scores_GP.max(0)
-    inner_P = cell_P.clamp(1, max(1, len(codes_GD) - 2))
-    around_3P = torch.stack([inner_P - 1, inner_P, inner_P + 1]).clamp(max=len(codes_GD) - 1)
+    if len(codes_GD) < 3:  # no cell has two neighbours
+        return best_P, cell_P.float()
+    inner_P = cell_P.clamp(1, len(codes_GD) - 2)
+    around_3P = torch.stack([inner_P - 1, inner_P, inner_P + 1])
     before_P, at_P, after_P = scores_GP.gather(0, around_3P)
     bend_P = (before_P - 2 * at_P + after_P).clamp(max=-1e-12)
     offset_P = ((before_P - after_P) / (2 * bend_P)).clamp(-0.5, 0.5)

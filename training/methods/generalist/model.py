@@ -151,7 +151,7 @@ class Decoder(nn.Module):
                 break
             factor = 2 if stride > 1 else 1
             self.ups.append(_up(width, widths[step + 1], factor))
-            stride = max(1, stride // factor)
+            stride = -(-stride // factor)  # rounded up: patch 14 needs four doublings
 
     def _used(self, feature: int) -> bool:
         return any(feature in used for used in self.at)

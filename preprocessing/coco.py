@@ -73,7 +73,12 @@ def read_index(root: str | Path, split: str) -> CocoIndex:
     annotation_file, masks, images = check_layout(root, split)
     content = _read_json(annotation_file)
     labels = LabelTable.from_coco(content["categories"], str(annotation_file))
-    image_by_id = {entry["id"]: entry for entry in content["images"]}
+    image_by_id = {entry.get("id"): entry for entry in content["images"]}
+    if len(image_by_id) < len(content["images"]):
+        counts = Counter(entry.get("id") for entry in content["images"])
+        raise TesseraError(
+            f"{annotation_file}: image ids {[i for i, n in counts.items() if n > 1][:5]} are listed twice"
+        )
     records, rejected = [], []
     for entry in content["annotations"]:
         try:
@@ -81,6 +86,9 @@ def read_index(root: str | Path, split: str) -> CocoIndex:
         except BadSample as problem:
             rejected.append(Rejected(str(entry.get("file_name", entry.get("image_id"))), str(problem)))
     rejected += _unpaired(content["annotations"], image_by_id, masks)
+    if not records and content["annotations"]:
+        shown = "; ".join(f"{r.sample}: {r.reason}" for r in rejected[:5])
+        raise TesseraError(f"{annotation_file}: no usable sample ({shown})")
     if not records:
         raise TesseraError(f"{annotation_file}: the data set is empty, no image has an annotation")
     return CocoIndex(labels, tuple(records), tuple(rejected))
@@ -90,9 +98,9 @@ def check_layout(root: str | Path, split: str) -> tuple[Path, Path, Path]:
     """Annotation JSON, PNG folder and image folder of a split. TesseraError naming what is not there."""
     folder = Path(root)
     masks = folder / "annotations" / f"panoptic_{split}"
-    paths = masks.with_suffix(".json"), masks, folder / split
+    paths = masks.with_name(f"{masks.name}.json"), masks, folder / split
     for path in (folder, *paths):
-        if not path.exists():
+        if not (path.is_file() if path == paths[0] else path.is_dir()):
             raise TesseraError(f"{path}: not found (expected COCO's layout under {folder})")
     return paths
 
@@ -102,6 +110,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise TesseraError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise TesseraError(f"{path}: holds a {type(content).__name__}; expected a COCO panoptic JSON")
     missing = {"images", "annotations", "categories"} - set(content)
     if missing:
         raise TesseraError(f"{path}: lacks {sorted(missing)}; expected a COCO panoptic JSON")
@@ -111,32 +121,45 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _record(entry: dict[str, Any], image_by_id: dict[int, dict[str, Any]], masks: Path, images: Path) -> CocoRecord:
-    missing = {"image_id", "file_name", "segments_info"} - entry.keys()
-    if missing:
-        raise BadSample(f"the annotation lacks {sorted(missing)}")
-    image = image_by_id.get(entry["image_id"])
+    image_id, rows = _whole(entry, "image_id"), entry.get("segments_info")
+    image = image_by_id.get(image_id)
     if image is None:
-        raise BadSample(f"image id {entry['image_id']} is not in the JSON's images")
-    for name in (entry["file_name"], image["file_name"]):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BadSample(f"file name {name!r} leads outside the data set")
+        raise BadSample(f"image id {image_id} is not in the JSON's images")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadSample("segments_info is no list of objects")
     return CocoRecord(
-        int(entry["image_id"]),
-        str(images / image["file_name"]),
-        str(masks / entry["file_name"]),
-        (int(image["height"]), int(image["width"])),
-        tuple(entry["segments_info"]),
+        image_id,
+        str(images / _name(image)),
+        str(masks / _name(entry)),
+        (_whole(image, "height"), _whole(image, "width")),
+        tuple(rows),
     )
+
+
+def _whole(entry: dict[str, Any], field: str) -> int:
+    value = entry.get(field)
+    if not isinstance(value, int):
+        raise BadSample(f"{field} is {value!r}, expected an integer")
+    return value
+
+
+def _name(entry: dict[str, Any]) -> str:
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name.isprintable():
+        raise BadSample(f"file_name is {name!r}, expected a path")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadSample(f"file name {name!r} leads outside the data set")
+    return name
 
 
 def _unpaired(
     annotations: Iterable[dict[str, Any]], image_by_id: dict[int, dict[str, Any]], masks: Path
 ) -> list[Rejected]:
     """PNGs and images that no annotation mentions, and images annotated twice."""
-    annotated = Counter(entry.get("image_id") for entry in annotations)
-    named = {entry.get("file_name") for entry in annotations}
+    annotated = Counter(i for entry in annotations if isinstance(i := entry.get("image_id"), int))
+    named = {str(entry.get("file_name")) for entry in annotations}
     orphans = sorted(path.name for path in masks.iterdir() if path.suffix == ".png" and path.name not in named)
-    lone = [entry["file_name"] for key, entry in image_by_id.items() if key not in annotated]
+    lone = [str(entry.get("file_name", key)) for key, entry in image_by_id.items() if key not in annotated]
     twice = [str(key) for key, count in annotated.items() if count > 1]
     if twice:
         raise TesseraError(f"{masks}.json: image ids {twice[:5]} have more than one annotation")
@@ -168,8 +191,9 @@ def panoptic_map(raw_HW: NDArray[np.int32], segments_info: Iterable[dict[str, An
     Raises BadSample naming the id: repeated, zero, in only one of the two, or of an unknown category.
     """
     rows = list(segments_info)
-    ids = np.array([_field(row, "id") for row in rows], np.int32)
-    _refuse_bad_ids(ids)
+    wide = np.array([_field(row, "id") for row in rows], object)
+    _refuse_bad_ids(wide)
+    ids = wide.astype(np.int32)
     order = np.argsort(ids)
     dense_HW = relabel(raw_HW, ids[order], (order + 1).astype(np.uint16))
     unlisted = raw_HW[dense_HW == UNKNOWN]
@@ -202,7 +226,7 @@ def _refuse_bad_ids(ids_N: NDArray[np.int32]) -> None:
 def _field(row: dict[str, Any], name: str) -> int:
     try:
         return int(row[name])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise BadSample(f"segment {row.get('id')} has no integer {name!r}") from error
 
 
@@ -217,6 +241,9 @@ def _decoded(data: bytes, path: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
+        # Pillow fills what an interrupted download left as zeros with grey; some cameras write after the end
+        if picture.format == "JPEG" and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]:
+            raise OSError("the JPEG has no end marker")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSample(f"{path}: not a readable image ({error})") from error
     return picture

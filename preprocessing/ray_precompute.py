@@ -6,7 +6,7 @@ from pathlib import Path
 from infra import ray_cluster
 from infra.store import open_store
 from preprocessing.coco import read_index
-from preprocessing.shards import Shard, ShardConfig, ShardSet, commit, compute_shard, plan, read_set, set_path
+from preprocessing.shards import Shard, ShardConfig, ShardSet, check, commit, compute_shard, plan, read_set, set_path
 
 log = logging.getLogger("tessera.precompute")
 
@@ -22,6 +22,7 @@ def precompute(root: str | Path, split: str, config: ShardConfig, store_url: str
     path = set_path(index, config, jobs)
     finished = read_set(store, path)
     if finished is not None:
+        check(finished, bad_share)
         log.info("%s: %d shards are there already (%s)", split, len(finished.shards), path)
         return finished
     log.info("%s: %d samples in %d shards", split, len(index.records), len(jobs))

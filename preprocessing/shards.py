@@ -100,10 +100,13 @@ def set_path(index: CocoIndex, config: ShardConfig, jobs: Sequence[ShardJob]) ->
 
 
 def compute_shard(store_url: str, job: ShardJob) -> Shard:
-    """Make one shard: the tar, then its record. A shard that is there already is not computed again."""
+    """Make one shard: the tar, then its record. A shard that is there already is not computed again.
+
+    One with rejected samples is: a sample may have been mended without a change of its file's size.
+    """
     store = open_store(store_url)
     done = read_shard(store, job.key)
-    if done is not None:
+    if done is not None and not done.rejected:
         return done
     buffer, image_ids, rejected = io.BytesIO(), [], []
     with wds.TarWriter(buffer, mtime=0) as tar:  # a fixed time makes the bytes depend on the samples only
@@ -139,13 +142,7 @@ def commit(
     rejected = index.rejected + tuple(r for shard in shards for r in shard.rejected)
     kept = tuple(shard for shard in shards if shard.image_ids)
     result = ShardSet(path, index.labels, config, kept, rejected)
-    share = len(rejected) / max(1, result.samples + len(rejected))
-    if share > bad_share or not kept:
-        shown = "; ".join(f"{r.sample}: {r.reason}" for r in rejected[:5])
-        raise TesseraError(
-            f"{len(rejected)} of {result.samples + len(rejected)} samples are unusable, above the limit of "
-            f"{bad_share:.1%}: {shown}{'; ...' if len(rejected) > 5 else ''}"
-        )
+    check(result, bad_share)
     content = {
         "schema": SCHEMA_VERSION,
         "samples": result.samples,
@@ -156,6 +153,18 @@ def commit(
     }
     artifacts.write_manifest(store, path, content)
     return result
+
+
+def check(result: ShardSet, bad_share: float) -> None:
+    """TesseraError if too many samples were set aside."""
+    rejected = result.rejected
+    share = len(rejected) / max(1, result.samples + len(rejected))
+    if share > bad_share or not result.shards:
+        shown = "; ".join(f"{r.sample}: {r.reason}" for r in rejected[:5])
+        raise TesseraError(
+            f"{len(rejected)} of {result.samples + len(rejected)} samples are unusable, above the limit of "
+            f"{bad_share:.1%}: {shown}{'; ...' if len(rejected) > 5 else ''}"
+        )
 
 
 def read_set(store: Store, path: str) -> ShardSet | None:

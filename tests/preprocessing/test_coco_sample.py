@@ -6,7 +6,7 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 
 from preprocessing.coco import BadSample, read_sample
-from tests.support.coco_folder import CocoFolder, cut
+from tests.support.coco_folder import CocoFolder
 
 CAT, SKY = 1, 92  # dataset ids of a thing and of stuff
 
@@ -41,13 +41,19 @@ def test_a_missing_file_is_named(coco: CocoFolder, part: str):
 
 
 @pytest.mark.parametrize("part", ["image", "mask"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "zeros"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "zeros", "zeros at the end"])
 def test_an_unreadable_file_is_named(coco: CocoFolder, part: str, damage: str):
     path = getattr(coco, part)(3)
-    if damage == "truncated":
-        cut(path)
-    else:
-        path.write_bytes({"empty": b"", "text": b"<html>404</html>", "zeros": bytes(5000)}[damage])
+    whole = path.read_bytes()
+    half = whole[: len(whole) // 2]
+    damaged = {
+        "truncated": half,
+        "empty": b"",
+        "text": b"<html>404</html>",
+        "zeros": bytes(len(whole)),
+        "zeros at the end": half + bytes(len(whole) - len(half)),  # a download cut in a preallocated file
+    }
+    path.write_bytes(damaged[damage])
     assert str(path) in (reason := coco.reason(3))
     assert "not a readable" in reason
 

@@ -123,9 +123,11 @@ def test_areas_boxes_and_centroids_are_those_of_the_pixels(name: str):
 RAW_IDS = np.array([7, 2**24 - 1, 1, 2**16, 255, 256], np.int32)  # in JSON order
 
 
-def test_relabel_gives_each_id_its_place_in_the_table():
+@pytest.mark.parametrize("first", range(7))
+def test_relabel_gives_each_id_its_place_in_the_table(first: int):
     order = np.argsort(RAW_IDS)
     place = RNG.integers(0, 7, (30, 40))
+    place[0, 0] = first
     raw = np.append(0, RAW_IDS)[place].astype(np.int32)
     dense = relabel(raw, RAW_IDS[order], (order + 1).astype(np.uint16))
     assert dense.dtype == np.uint16

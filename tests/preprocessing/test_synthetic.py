@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +66,21 @@ def test_a_finished_set_is_left_as_it_is(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == [root.name]
 
 
-def test_a_killed_write_leaves_no_set_and_is_taken_up(tmp_path: Path):
+def test_what_a_killed_write_left_does_no_harm(tmp_path: Path):
     config = SyntheticConfig(train=3, **SMALL)
     whole = write_set(tmp_path / "whole", config)
     half = tmp_path / "half" / f"{whole.name}.part" / "train2017"
     half.mkdir(parents=True)
     (half / "000000000001.jpg").write_bytes(b"\xff\xd8")
     assert contents(write_set(tmp_path / "half", config)) == contents(whole)
+
+
+def test_racing_writers_of_one_set_all_get_it(tmp_path: Path):
+    config = SyntheticConfig(train=20, **SMALL)
+    with ThreadPoolExecutor(4) as pool:
+        roots = set(pool.map(lambda _: write_set(tmp_path, config), range(4)))
+    assert list(tmp_path.iterdir()) == list(roots)
+    assert len(contents(*roots)) == 2 * (20 + 2) + 2
 
 
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"size": (15, 64)}])

@@ -106,7 +106,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         groups = self.method.parameter_groups(self.config.lr, self.config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas)
+        self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas, fused=True)
         self.peaks = [group["lr"] for group in groups]
 
     def set_lr(self) -> None:

@@ -19,7 +19,8 @@ from infra import artifacts, ray_cluster
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.shards import ShardSet, read_set
-from training.loop import Place, Progress, State, train
+from training.loop import NonFiniteLoss, Place, Progress, State, train
+from training.reader import BatchStream
 from training.recipe import Recipe
 from training.run import WEIGHTS, TrainedRun, read_run
 
@@ -40,7 +41,7 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
     """Train, or return the run that is finished already. Needs a Ray connection.
 
     A run that was interrupted goes on from its newest checkpoint. Raises TesseraError when a batch cannot
-    be split exactly, when training meets a non-finite loss, and when workers keep failing.
+    be split exactly, when there are fewer shards than readers, and when training meets a non-finite loss.
     """
     store = open_store(store_url)
     path = recipe.run_path(train_set.path)
@@ -49,6 +50,7 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
         log.info("trained already: %s", path)
         return finished
     images, passes = recipe.train.split_batch(workers)
+    BatchStream(train_set, store_url, recipe.reader, images, 0, workers)  # refuses too many readers here, not there
     steps = recipe.train.steps(train_set.samples)
     log.info(
         "recipe %s: %d steps of %d images = %d workers x %d passes x %d images",
@@ -118,7 +120,7 @@ def _worker(config: dict[str, Any]) -> None:
         board.say.remote(f"going on from the checkpoint of step {state['step']}")
     try:
         method, history = train(job.recipe, shards, job.store_url, place, state, report)
-    except TesseraError as error:  # the same input would fail again: no restart
+    except NonFiniteLoss as error:  # on all ranks at once, and a restart would meet it again
         ray.get(board.fail.remote(str(error)))
         return
     if place.rank == 0:

@@ -71,12 +71,6 @@ def open_store(url: str) -> "Store":
     return S3Store(root) if root.startswith("s3://") else FolderStore(root)
 
 
-def open_url(url: str) -> BinaryIO:
-    """A stream over the object at a full URL, such as Store.url_for gives; made for webdataset's gopen."""
-    root, slash, key = _normal(url).rpartition("/")
-    return open_store(root + slash).open(key)
-
-
 @dataclass(frozen=True)
 class Store(ABC):
     """Objects under one root `url`: no trailing slash, absolute for a folder. Pickles as that URL."""

@@ -7,7 +7,6 @@ part of one epoch.
 """
 
 import itertools
-import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,22 +16,13 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset import tariterators
 
 from infra.errors import TesseraError
-from infra.store import open_store, open_url
+from infra.store import open_store
 from preprocessing.sample import decode_image, from_fields
 from preprocessing.shards import Shard, ShardSet
 from training.batch import Batch, Example, collate
-
-log = logging.getLogger("tessera.reader")
-
-
-def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **_: Any) -> Any:
-    return open_url(url)
-
-
-wds.gopen_schemes["s3"] = _open_s3  # webdataset knows no s3:// of its own
-wds.gopen_schemes.pop("pipe", None)  # a URL that runs a shell has no place in a manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +84,9 @@ class BatchStream(IterableDataset[Batch]):
             skip = 0
 
     def _shuffled(self, shards: list[Shard], epoch: int, reader: int) -> Iterator[dict[str, Any]]:
-        urls = [self.store.url_for(shard.key) for shard in shards]
-        raw = wds.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
+        raw = (fields for shard in shards for fields in read_shard_samples(self.store.url, shard))
         rng = random.Random(f"{self.config.seed} {epoch} {reader}")
-        return iter(wds.shuffle(self.config.shuffle, initial=self.config.shuffle, rng=rng)(iter(raw)))
+        return iter(wds.shuffle(self.config.shuffle, initial=self.config.shuffle, rng=rng)(raw))
 
     def _example(self, fields: dict[str, Any], epoch: int) -> Example:
         example = to_example(fields)
@@ -135,6 +124,10 @@ def load_batches(stream: BatchStream) -> Iterator[Batch]:
 
 
 def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]:
-    """The files of each sample of one shard, in the order of the tar."""
-    url = open_store(store_url).url_for(shard.key)
-    yield from wds.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None)
+    """The files of each sample of one shard, in the order of the tar.
+
+    The store opens the tar, not webdataset, for whom a URL may be a shell command.
+    """
+    with open_store(store_url).open(shard.key) as stream:
+        files = tariterators.tar_file_expander([{"url": shard.key, "stream": stream}])
+        yield from tariterators.group_by_keys(files)

@@ -1,152 +1,174 @@
-"""The train loop: it learns, resumes exactly, stops before it spoils the weights, and splits its batch."""
-
+import copy
 import io
-import os
+import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from infra.errors import TesseraError
-from infra.processes import free_ports
-from infra.store import open_store
-from preprocessing.coco import read_index
-from preprocessing.shards import commit, compute_shard, plan, read_set, set_path
-from preprocessing.synthetic import SyntheticConfig, write_set
-from training.loop import NonFiniteLoss, Place, train
-from training.recipe import TrainConfig
-from training.recipes import RECIPES, debug, recipe
+from infra.store import Store
+from preprocessing.coco import CocoIndex
+from preprocessing.shards import ShardSet
+from tests.training.conftest import Maker
+from training.loop import NonFiniteLoss, Place, State, train
+from training.reader import BatchStream, ReaderConfig
+from training.recipe import Recipe, TrainConfig
+from training.recipes import debug
 
 
-def short(**changes):
-    """The debug recipe in float32, for a few epochs of 16 images."""
-    base = debug()
-    return replace(base, train=replace(base.train, **{"epochs": 5, "bf16": False, "checkpoints": 4, **changes}))
+def recipe_of(**changes) -> Recipe:
+    """The debug recipe in float32, with other train options."""
+    return replace(debug(), train=replace(debug().train, **{"bf16": False, **changes}))
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loop")
-    store = open_store(str(folder / "store"))
-    index = read_index(write_set(folder, SyntheticConfig(train=16, val=1, size=(32, 32))), "train2017")
-    config = debug().shards
-    jobs = plan(index, config)
-    return commit(
-        store, set_path(index, config, jobs), index, config, [compute_shard(store.url, j) for j in jobs], 0
-    ), store
-
-
-def run(shards, recipe, state=None, place=None):
-    """Weights, history, and the states that were reported, by step."""
-    states = {}
+def run(recipe: Recipe, shards: ShardSet, store: Store, state: State | None = None):
+    """(method, history, states at checkpoints, steps reported)."""
+    states, told = [], []
 
     def report(progress, state):
+        told.append(progress.step)
         if state is not None:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            states[progress.step] = buffer.getvalue()
+            states.append(copy.deepcopy(state))
 
-    method, history = train(recipe, shards[0], shards[1].url, place or Place(), state, report)
-    return method.state_dict(), history, states
+    method, history = train(recipe, shards, store.url, Place(), state, report)
+    return method, history, states, told
 
 
-def load(data):
-    return torch.load(io.BytesIO(data), weights_only=True)
+def losses(history: list[dict]) -> list[float]:
+    return [value for row in history for value in row["losses"].values()]
 
 
-def test_it_learns(shards):
-    _, history, _ = run(shards, short(epochs=40, lr=3e-3))
-    seen = [row["losses"]["semantic"] for row in history if "semantic" in row["losses"]]
-    assert np.mean(seen[-5:]) < 0.8 * np.mean(seen[:5])
+def through_a_file(state: State) -> State:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
-def test_a_resumed_run_ends_where_an_undisturbed_one_does(shards):
-    weights, history, states = run(shards, short())
-    assert sorted(states) == [5, 10, 15, 20]
-    for step in (5, 15):
-        resumed, later, _ = run(shards, short(), load(states[step]))
-        assert [row["step"] for row in later] == [row["step"] for row in history]
-        for mine, theirs in zip(later, history, strict=True):
-            assert mine["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
-        assert all(torch.allclose(resumed[name], weights[name], atol=1e-6) for name in weights)
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_the_debug_recipe_learns(images_of_16: ShardSet, shard_store: Store, bf16: bool):
+    _, history, _, _ = run(recipe_of(epochs=12, bf16=bf16), images_of_16, shard_store)
+    assert len(history) == 48
+    for name in ("semantic", "instance", "dice"):
+        found = [row["losses"][name] for row in history if name in row["losses"]]
+        assert sum(found[-4:]) / 4 < found[0], name
 
 
-def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(shards):
-    state = load(run(shards, short())[2][10])
-    name = next(name for name in state["method"] if name.endswith("semantic_head.weight"))
-    state["method"][name][0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteLoss, match=r"step \d+: .*samples 0000"):
-        run(shards, short(), state)
+@pytest.mark.parametrize("keep", [lambda state: state, through_a_file], ids=["in memory", "through a file"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_a_resumed_run_goes_on_as_if_undisturbed(images_of_16: ShardSet, shard_store: Store, keep, bf16: bool):
+    recipe = recipe_of(epochs=3, bf16=bf16)
+    method, history, states, _ = run(recipe, images_of_16, shard_store)
+    assert [state["step"] for state in states] == [4, 8, 12]
+    for state in states:
+        again, resumed, _, told = run(recipe, images_of_16, shard_store, keep(state))
+        assert told == list(range(state["step"] + 1, 13))
+        assert losses(resumed) == pytest.approx(losses(history), abs=1e-6)
+        assert [row["lr"] for row in resumed] == [row["lr"] for row in history]
+        for name, value in method.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
-def test_accumulation_equals_one_pass_where_images_weigh_the_same(shards):
-    """Semantic losses are means over labelled pixels of a pass, so passes of unequal void differ a little."""
-    whole, _, _ = run(shards, short(epochs=0.25))
-    split, _, _ = run(shards, short(epochs=0.25, micro_batch=1))
-    assert all(torch.allclose(whole[name], split[name], atol=2e-3) for name in whole)
+def test_a_resume_in_the_middle_of_an_epoch_and_of_a_task_cycle(make_set: Maker, index: CocoIndex, shard_store: Store):
+    shards, recipe = make_set(index.records[:13], 3), recipe_of(epochs=4, checkpoints=13)
+    _, history, states, _ = run(recipe, shards, shard_store)
+    for state in states[::4]:
+        _, resumed, _, _ = run(recipe, shards, shard_store, through_a_file(state))
+        assert losses(resumed) == pytest.approx(losses(history), abs=1e-6)
 
 
-def _rank(rank, port, folder, path, out):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    store = open_store(folder)
-    weights, history, _ = run((read_set(store, path), store), short(epochs=3), place=Place(rank, 2))
-    torch.save((weights, [row["step"] for row in history]), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+def test_the_last_step_is_always_saved(images_of_16: ShardSet, shard_store: Store):
+    for checkpoints in (1, 5, 100):
+        _, history, states, told = run(recipe_of(epochs=1.7, checkpoints=checkpoints), images_of_16, shard_store)
+        assert states[-1]["step"] == told[-1] == history[-1]["step"] == 7
+        assert len(states) == min(checkpoints, 7)
 
 
-def test_two_ranks_take_the_same_steps_and_end_with_the_same_weights(shards, tmp_path):
-    mp.spawn(_rank, (free_ports(1)[0], shards[1].url, shards[0].path, str(tmp_path)), nprocs=2)
-    (mine, steps), (theirs, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert steps == other
-    assert steps[-1] == 12
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+def test_the_rate_warms_up_and_then_falls(images_of_16: ShardSet, shard_store: Store):
+    recipe = recipe_of(epochs=5, warmup=0.2, lr=1e-3)
+    rates = [row["lr"] for row in run(recipe, images_of_16, shard_store)[1]]
+    half_wave = [0.5e-3 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
+    assert rates == pytest.approx([min(1, (step + 1) / 4) * value for step, value in enumerate(half_wave)])
 
 
+def poisoned(state: State, name: str) -> State:
+    state = copy.deepcopy(state)
+    state["method"][name][..., 0] = float("nan")
+    return state
+
+
+@pytest.mark.parametrize("micro_batch", [32, 1], ids=["one pass", "four passes"])
 @pytest.mark.parametrize(
-    ("batch", "micro", "workers", "expected"),
-    [(8, 32, 1, (8, 1)), (8, 32, 2, (4, 1)), (256, 32, 8, (32, 1)), (256, 32, 1, (32, 8)), (12, 5, 1, (4, 3))],
+    ("name", "step"),
+    [("network.decoder.ups.0.0.weight", 4), ("network.instance_head.bias", 4), ("network.semantic_head.bias", 5)],
 )
-def test_the_total_batch_is_kept_by_accumulation(batch, micro, workers, expected):
-    config = TrainConfig(batch=batch, epochs=1, lr=1e-3, micro_batch=micro)
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    images_of_16: ShardSet, shard_store: Store, name: str, step: int, micro_batch: int
+):
+    """Steps 4 and 5 serve the instance and the semantic task."""
+    recipe = recipe_of(epochs=3, micro_batch=micro_batch)
+    state = run(recipe, images_of_16, shard_store)[2][0]
+    batches = BatchStream(images_of_16, shard_store.url, ReaderConfig(), 4, start_step=step)
+    keys, taken = next(iter(batches)).keys, []
+    hook = register_optimizer_step_pre_hook(lambda *_: taken.append(1))
+    try:
+        with pytest.raises(NonFiniteLoss, match=f"^step {step}: .*samples {', '.join(keys)}$"):
+            run(recipe, images_of_16, shard_store, poisoned(state, name))
+    finally:
+        hook.remove()
+    assert len(taken) == step - 4
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_passes_of_a_step_add_up_to_one_pass(labelled_throughout: ShardSet, shard_store: Store, micro_batch: int):
+    """Exact where every pixel has a class and every image has things: all losses are means of equal parts."""
+    whole, parts = (
+        run(recipe_of(epochs=6, micro_batch=size), labelled_throughout, shard_store) for size in (4, micro_batch)
+    )
+    assert losses(parts[1]) == pytest.approx(losses(whole[1]), abs=1e-5)
+
+
+def test_with_void_passes_weigh_labelled_pixels_unequally(images_of_16: ShardSet, shard_store: Store, record_property):
+    """The semantic loss is a mean over labelled pixels, Dice over images with things, each of one pass.
+
+    So these depend on the split: here by 0.1%, with another set by more. The distance and the total variations do not.
+    """
+    rows = []
+    for size in (4, 1):
+        recipe = recipe_of(epochs=1, lr=1e-12, micro_batch=size)
+        rows.append({k: v for row in run(recipe, images_of_16, shard_store)[1][:3] for k, v in row["losses"].items()})
+    whole, parts = rows
+    for name in ("instance", "instance_tv", "semantic_tv"):
+        assert parts[name] == pytest.approx(whole[name], abs=1e-5)
+    for name in ("semantic", "dice"):
+        record_property(name, parts[name] / whole[name] - 1)
+        assert parts[name] == pytest.approx(whole[name], rel=0.02)
+
+
+@given(st.integers(1, 600), st.integers(1, 16), st.integers(1, 64))
+def test_a_batch_is_split_exactly_or_refused(batch: int, workers: int, micro_batch: int):
+    config = TrainConfig(batch=batch, micro_batch=micro_batch, epochs=1, lr=1)
+    if batch % workers:
+        with pytest.raises(TesseraError, match=f"total batch of {batch} does not divide among {workers} workers"):
+            config.split_batch(workers)
+        return
     images, passes = config.split_batch(workers)
-    assert (images, passes) == expected
     assert images * passes * workers == batch
+    assert images <= micro_batch
+    larger = [n for n in range(images + 1, micro_batch + 1) if batch // workers % n == 0]
+    assert not larger
 
 
-def test_a_batch_that_cannot_be_split_exactly_is_refused():
-    with pytest.raises(TesseraError, match="total batch of 8 does not divide among 3 workers"):
-        TrainConfig(batch=8, epochs=1, lr=1e-3).split_batch(3)
+@pytest.mark.parametrize(("epochs", "samples", "steps"), [(1, 16, 4), (0.5, 16, 2), (0.01, 16, 1), (2, 118287, 59144)])
+def test_steps_follow_from_epochs(epochs: float, samples: int, steps: int):
+    assert TrainConfig(batch=4, epochs=epochs, lr=1).steps(samples) == steps
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_says_what_it_should_reach_and_where_it_was_measured(name):
-    text = RECIPES[name].__doc__
-    assert all(word in text for word in ("Expected", "Hardware", "Measured"))
-    assert RECIPES[name]().name == name
-
-
-def test_an_unknown_recipe_is_named_with_the_known_ones():
-    with pytest.raises(TesseraError, match="unknown recipe 'nope'; there are base_420, coco_mini, debug, demo"):
-        recipe("nope")
-
-
-def test_a_runs_path_depends_on_everything_but_decoding():
-    base = debug()
-    decoding = replace(base, method=replace(base.method, decode=replace(base.method.decode, reach=9.0)))
-    others = [
-        replace(base, method=replace(base.method, frequencies=3)),
-        replace(base, train=replace(base.train, lr=2e-3)),
-        replace(base, reader=replace(base.reader, flip=False)),
-    ]
-    assert decoding.run_path("x") == base.run_path("x")
-    assert len({r.run_path("x") for r in [base, *others]} | {base.run_path("y")}) == 5
-
-
-def test_a_radius_too_small_for_the_methods_weights_is_refused():
-    with pytest.raises(TesseraError, match="needs distances up to 10 px, the shards are exact up to 9"):
-        replace(debug(), shards=replace(debug().shards, radius=9))
+@pytest.mark.parametrize("change", [{"batch": 0}, {"micro_batch": 0}, {"checkpoints": 0}, {"epochs": 0}, {"lr": -1.0}])
+def test_numbers_that_must_be_positive_are(change: dict):
+    with pytest.raises(TesseraError, match="must be positive"):
+        recipe_of(**change)

@@ -1,111 +1,173 @@
-"""Batches from real shards: who reads what, in which order, and where a resumed run goes on."""
-
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from infra.errors import TesseraError
-from infra.store import open_store
-from preprocessing.coco import read_index
-from preprocessing.shards import ShardConfig, commit, compute_shard, plan, set_path
-from preprocessing.synthetic import SyntheticConfig, write_set
+from infra.store import Store
+from preprocessing.coco import CocoIndex
+from preprocessing.sample import from_fields
+from preprocessing.shards import ShardSet
+from tests.support.examples import same_batches
+from tests.training.conftest import Maker, shard_set
+from training.batch import Batch
 from training.reader import BatchStream, ReaderConfig, epoch_shards, load_batches, read_shard_samples
 
-CONFIG = ReaderConfig(seed=3, shuffle=8)
+PLAIN = ReaderConfig(shuffle=3, flip=False)
 
 
-def make_set(folder, store):
-    """Five shards: four of 5 samples, one of 2."""
-    index = read_index(write_set(folder, SyntheticConfig(train=22, val=1, size=(32, 32))), "train2017")
-    config = ShardConfig(grid=(32, 32), radius=10, samples=5)
-    jobs = plan(index, config)
-    shards = [compute_shard(store.url, job) for job in jobs]
-    return commit(store, set_path(index, config, jobs), index, config, shards, 0.0)
+@pytest.fixture(params=[1, 2, 3, 5, 7], ids=lambda count: f"{count} shards")
+def uneven(request: pytest.FixtureRequest, make_set: Maker, index: CocoIndex) -> ShardSet:
+    """Shards of two images; the last one has one."""
+    return make_set(index.records[: 2 * request.param - 1], 2)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reader")
-    store = open_store(str(folder / "store"))
-    return make_set(folder, store), store
+@pytest.fixture
+def five(make_set: Maker, index: CocoIndex) -> ShardSet:
+    """Shards of 3, 3, 3, 3 and 1 images."""
+    return make_set(index.records[:13], 3)
 
 
-def take(made, count, config=CONFIG, **place):
-    shards, store = made
-    return list(islice(load_batches(BatchStream(shards, store.url, config, 3, **place)), count))
+def ids(shards: ShardSet) -> list[int]:
+    return sorted(i for shard in shards.shards for i in shard.image_ids)
 
 
-def same(left, right):
-    return left.keys == right.keys and torch.equal(left.images_B3HW, right.images_B3HW)
+def keys(batches: Iterator[Batch], count: int) -> list[int]:
+    return [int(key) for batch in islice(batches, count) for key in batch.keys]
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3, 5])
-def test_the_readers_of_an_epoch_share_its_shards_without_overlap(made, readers):
-    shards = made[0].shards
-    orders = []
-    for epoch in range(4):
-        parts = [epoch_shards(shards, 0, epoch, reader, readers) for reader in range(readers)]
-        assert Counter(s.key for part in parts for s in part) == Counter(s.key for s in shards)
-        orders.append([s.key for s in epoch_shards(shards, 0, epoch, 0, 1)])
-    assert len(set(map(tuple, orders))) > 1
+def epochs(shards: ShardSet, store: Store, count: int, config: ReaderConfig = PLAIN) -> list[list[int]]:
+    """The images of whole epochs of a single reader, in order."""
+    found = keys(iter(BatchStream(shards, store.url, config, 1)), count * shards.samples)
+    return [found[i : i + shards.samples] for i in range(0, len(found), shards.samples)]
 
 
-def test_one_reader_sees_every_sample_once_an_epoch_and_in_another_order_the_next(made):
-    keys = [key for batch in take(made, 15) for key in batch.keys]
-    first, second = keys[:22], keys[22:44]
-    assert Counter(first) == Counter(second)
-    assert set(Counter(first).values()) == {1}
-    assert first != second
+def per_reader(shards: ShardSet, epoch: int, readers: int) -> list[int]:
+    """Samples of each reader in one epoch."""
+    dealt = [epoch_shards(shards.shards, PLAIN.seed, epoch, r, readers) for r in range(readers)]
+    return [sum(len(shard.image_ids) for shard in mine) for mine in dealt]
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_one_others(made):
-    assert all(map(same, take(made, 8), take(made, 8)))
-    assert not all(map(same, take(made, 8), take(made, 8, replace(CONFIG, seed=4))))
+def test_ranks_share_an_epoch_without_overlap(uneven: ShardSet, shard_store: Store):
+    for world in range(1, min(3, len(uneven.shards)) + 1):
+        counts = per_reader(uneven, 0, world)
+        streams = [iter(BatchStream(uneven, shard_store.url, PLAIN, 1, rank, world)) for rank in range(world)]
+        assert sorted(key for s, count in zip(streams, counts, strict=True) for key in keys(s, count)) == ids(uneven)
 
 
-def test_every_batch_has_the_same_size_though_shards_are_uneven(made):
-    for rank in range(3):
-        assert {len(batch.keys) for batch in take(made, 12, rank=rank, world=3)} == {3}
+@pytest.mark.parametrize("world", [1, 2])
+def test_reader_processes_share_an_epoch_without_overlap(five: ShardSet, shard_store: Store, world: int):
+    """A DataLoader takes from its processes in turn."""
+    counts, seen = per_reader(five, 0, 2 * world), []
+    for rank in range(world):
+        stream = BatchStream(five, shard_store.url, replace(PLAIN, workers=2), 1, rank, world)
+        mine = counts[2 * rank : 2 * rank + 2]
+        found = keys(load_batches(stream), 2 * max(mine))
+        seen += [key for worker in range(2) for key in found[worker::2][: mine[worker]]]
+    assert sorted(seen) == ids(five)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("start", [1, 4, 9, 16])
-def test_a_stream_can_be_entered_at_any_step(made, start, workers):
-    config = replace(CONFIG, workers=workers)
-    whole = take(made, start + 4, config)
-    resumed = take(made, 4, config, start_step=start)
-    assert all(map(same, whole[start:], resumed))
+def test_shards_of_an_epoch_are_dealt_out_once(uneven: ShardSet, world: int, workers: int):
+    readers = world * max(1, workers)
+    for epoch in range(3):
+        dealt = [epoch_shards(uneven.shards, 0, epoch, reader, readers) for reader in range(readers)]
+        assert sorted(s.key for mine in dealt for s in mine) == sorted(s.key for s in uneven.shards)
 
 
-def test_about_half_of_the_samples_are_flipped_and_none_if_not_wanted(made):
-    plain = {
-        k: i for b in take(made, 8, replace(CONFIG, flip=False)) for k, i in zip(b.keys, b.images_B3HW, strict=True)
-    }
-    drawn = [(k, i) for b in take(made, 30) for k, i in zip(b.keys, b.images_B3HW, strict=True)]
-    flipped = sum(torch.equal(image, plain[key].flip(-1)) for key, image in drawn)
-    straight = sum(torch.equal(image, plain[key]) for key, image in drawn)
-    assert flipped + straight == len(drawn)
-    assert 0.3 < flipped / len(drawn) < 0.7
+def test_every_epoch_has_all_images_in_another_order(five: ShardSet, shard_store: Store):
+    found = epochs(five, shard_store, 4)
+    assert all(sorted(epoch) == ids(five) for epoch in found)
+    assert len({tuple(epoch) for epoch in found}) == 4
 
 
-def test_fewer_shards_than_readers_are_refused(made):
+def test_a_buffer_mixes_images_of_several_shards(five: ShardSet, shard_store: Store):
+    (order,) = epochs(five, shard_store, 1, replace(PLAIN, shuffle=64))
+    shard_of = {i: number for number, shard in enumerate(five.shards) for i in shard.image_ids}
+    changes = sum(shard_of[a] != shard_of[b] for a, b in pairwise(order))
+    assert changes > len(five.shards) - 1
+
+
+def test_a_seed_gives_one_order_and_another_seed_another(five: ShardSet, shard_store: Store):
+    same, again, other = (epochs(five, shard_store, 2, replace(PLAIN, seed=seed)) for seed in (1, 1, 2))
+    assert same == again
+    assert same != other
+
+
+def test_half_of_the_images_are_mirrored_and_not_the_same_half_twice(images_of_16: ShardSet, shard_store: Store):
+    streams = [iter(BatchStream(images_of_16, shard_store.url, ReaderConfig(flip=flip), 16)) for flip in (True, False)]
+    halves = []
+    for flipped, plain in islice(zip(*streams, strict=True), 4):
+        assert flipped.keys == plain.keys
+        mirrored = []
+        for key, image, original in zip(plain.keys, flipped.images_B3HW, plain.images_B3HW, strict=True):
+            if not torch.equal(image, original):
+                assert torch.equal(image, original.flip(-1))
+                mirrored.append(key)
+        halves.append(tuple(sorted(mirrored)))
+    assert 20 <= sum(len(half) for half in halves) <= 44
+    assert len(set(halves)) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("step", [1, 4, 5, 13, 21])
+def test_any_step_can_be_reached_again(five: ShardSet, shard_store: Store, world: int, step: int):
+    """Of 13 images in batches of 3: within an epoch, at a seam and epochs later."""
+    make = [BatchStream(five, shard_store.url, ReaderConfig(), 3, world - 1, world, start) for start in (0, step)]
+    undisturbed, resumed = islice(iter(make[0]), step, step + 6), islice(iter(make[1]), 6)
+    assert all(same_batches(a, b) for a, b in zip(undisturbed, resumed, strict=True))
+
+
+def test_any_step_can_be_reached_again_with_reader_processes(five: ShardSet, shard_store: Store):
+    """An odd step makes the two processes change places."""
+    config = ReaderConfig(workers=2)
+    undisturbed = list(islice(load_batches(BatchStream(five, shard_store.url, config, 3)), 12))
+    for step in (1, 6):
+        resumed = load_batches(BatchStream(five, shard_store.url, config, 3, start_step=step))
+        assert all(same_batches(a, b) for a, b in zip(undisturbed[step:], islice(resumed, 12 - step), strict=True))
+
+
+def test_batches_are_of_one_size_however_uneven_the_shards(uneven: ShardSet, shard_store: Store):
+    for batch in islice(BatchStream(uneven, shard_store.url, ReaderConfig(), 4), 8):
+        assert len(batch.keys) == len(batch.images_B3HW) == len(batch.category_BN) == 4
+
+
+@pytest.mark.parametrize(("world", "workers"), [(6, 0), (3, 2), (1, 6)])
+def test_fewer_shards_than_readers_are_refused(five: ShardSet, shard_store: Store, world: int, workers: int):
     with pytest.raises(TesseraError, match="5 shards for 6 readers"):
-        BatchStream(made[0], made[1].url, CONFIG, 3, world=6)
+        BatchStream(five, shard_store.url, ReaderConfig(workers=workers), 4, 0, world)
 
 
-def test_shards_are_read_from_any_store(tmp_path, store):
-    shards = make_set(tmp_path, store)
-    keys = [fields["__key__"] for shard in shards.shards for fields in read_shard_samples(store.url, shard)]
-    assert [int(key) for key in keys] == [i for shard in shards.shards for i in shard.image_ids]
-    assert len(take((shards, store), 3)) == 3
+def test_a_store_of_either_kind_is_read(store: Store, index: CocoIndex):
+    shards = shard_set(store, replace(index, records=index.records[:5]), 2)
+    assert sorted(epochs(shards, store, 1)[0]) == ids(shards)
 
 
-def test_a_url_cannot_run_a_shell(made, tmp_path):
-    shards, store = made
-    shard = replace(shards.shards[0], key=f"pipe:touch {tmp_path}/pwned")
-    with pytest.raises((TesseraError, OSError, ValueError)):
-        list(read_shard_samples(store.url, shard))
-    assert not (tmp_path / "pwned").exists()
+def test_a_store_in_a_folder_of_any_name_is_read(odd_folder: Store, index: CocoIndex):
+    shards = shard_set(odd_folder, replace(index, records=index.records[:2]), 2)
+    assert sorted(epochs(shards, odd_folder, 1)[0]) == ids(shards)
+
+
+def test_a_shards_samples_come_in_its_order(five: ShardSet, shard_store: Store):
+    for shard in five.shards:
+        found = [from_fields(fields).image_id for fields in read_shard_samples(shard_store.url, shard)]
+        assert tuple(found) == shard.image_ids
+
+
+def test_a_shard_that_is_gone_is_named(five: ShardSet, shard_store: Store):
+    gone = replace(five, shards=(replace(five.shards[0], key="precompute/shards/gone.tar"),))
+    with pytest.raises(TesseraError, match=r"gone\.tar"):
+        next(iter(BatchStream(gone, shard_store.url, PLAIN, 1)))
+
+
+@pytest.mark.parametrize("scheme", ["pipe:", "http://x';", "gs://x';", "hf://x';", "scp://x';", "s3://"])
+def test_no_key_of_a_manifest_runs_a_shell(five: ShardSet, shard_store: Store, tmp_path: Path, scheme: str):
+    key = f"{scheme}touch {tmp_path}/ran;'.tar"
+    evil = replace(five, shards=(replace(five.shards[0], key=key),))
+    with pytest.raises((TesseraError, OSError)):
+        next(iter(BatchStream(evil, shard_store.url, PLAIN, 1)))
+    assert not (tmp_path / "ran").exists()

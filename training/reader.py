@@ -8,6 +8,7 @@ part of one epoch.
 
 import itertools
 import random
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -124,10 +125,19 @@ def load_batches(stream: BatchStream) -> Iterator[Batch]:
 
 
 def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]:
-    """The files of each sample of one shard, in the order of the tar.
+    """The files of each sample of one shard, in the order of the tar. TesseraError if it is not whole.
 
     The store opens the tar, not webdataset, for whom a URL may be a shell command.
     """
-    with open_store(store_url).open(shard.key) as stream:
-        files = tariterators.tar_file_expander([{"url": shard.key, "stream": stream}])
-        yield from tariterators.group_by_keys(files)
+    store, found = open_store(store_url), 0
+    try:
+        with store.open(shard.key) as stream:
+            files = tariterators.tar_file_expander([{"url": shard.key, "stream": stream}])
+            for fields in tariterators.group_by_keys(files):
+                found += 1
+                yield fields
+    except tarfile.ReadError as error:
+        raise TesseraError(f"{store.url_for(shard.key)}: not a whole tar ({error}); delete it and run again") from error
+    if found != len(shard.image_ids):
+        url, expected = store.url_for(shard.key), len(shard.image_ids)
+        raise TesseraError(f"{url}: holds {found} samples, its record says {expected}; delete both and run again")

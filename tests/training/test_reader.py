@@ -171,3 +171,11 @@ def test_no_key_of_a_manifest_runs_a_shell(five: ShardSet, shard_store: Store, t
     with pytest.raises((TesseraError, OSError)):
         next(iter(BatchStream(evil, shard_store.url, PLAIN, 1)))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5])
+def test_a_shard_that_lost_its_end_is_named(five: ShardSet, shard_store: Store, keep: float):
+    whole = shard_store.read(five.shards[0].key)
+    shard_store.write("cut.tar", whole[: 512 * int(keep * len(whole) / 512)])
+    with pytest.raises(TesseraError, match=r"cut\.tar"):
+        list(read_shard_samples(shard_store.url, replace(five.shards[0], key="cut.tar")))

@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 """Part of every shard's key: raise it when the meaning or layout of a sample changes."""
 
 ARRAYS = ("labels", "semantic_d2", "instance_d2")
+FIELDS = frozenset({"jpg", "json", *(f"{name}.zst" for name in ARRAYS)})
+"""The files of one sample in a tar."""
 
 
 @dataclass(frozen=True)

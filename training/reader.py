@@ -21,7 +21,7 @@ from webdataset import tariterators
 
 from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing.sample import decode_image, from_fields
+from preprocessing.sample import FIELDS, decode_image, from_fields
 from preprocessing.shards import Shard, ShardSet
 from training.batch import Batch, Example, collate
 
@@ -134,10 +134,12 @@ def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]
         with store.open(shard.key) as stream:
             files = tariterators.tar_file_expander([{"url": shard.key, "stream": stream}])
             for fields in tariterators.group_by_keys(files):
+                if not fields.keys() >= FIELDS:
+                    break
                 found += 1
                 yield fields
     except tarfile.ReadError as error:
         raise TesseraError(f"{store.url_for(shard.key)}: not a whole tar ({error}); delete it and run again") from error
     if found != len(shard.image_ids):
         url, expected = store.url_for(shard.key), len(shard.image_ids)
-        raise TesseraError(f"{url}: holds {found} samples, its record says {expected}; delete both and run again")
+        raise TesseraError(f"{url}: holds {found} whole samples, its record says {expected}; delete both and run again")

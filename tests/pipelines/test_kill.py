@@ -12,6 +12,9 @@ from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.pipelines.test_train_coco import run_flow
 
 
+pytestmark = pytest.mark.timeout(1500)  # it starts three times; on a busy machine that takes its time
+
+
 @pytest.fixture
 def coco(tmp_path):
     return write_set(tmp_path, SyntheticConfig(train=120, val=4, size=(64, 64), seed=3))
@@ -39,17 +42,17 @@ def test_a_run_killed_in_precompute_and_in_training_computes_nothing_twice(coco,
     def records():
         return {e.key: e.modified for e in store.list("precompute/shards/") if e.key.endswith(".json")}
 
-    kill_when(run_flow(tmp_path, job), lambda: len(records()) >= 3, 120)
+    kill_when(run_flow(tmp_path, job), lambda: len(records()) >= 3, 400)
     first = records()
     assert not [e for e in store.list("precompute/") if e.key.endswith("manifest.json")] or len(first) < 31
 
-    kill_when(run_flow(tmp_path, job), lambda: any("/checkpoint_" in e.key for e in store.list("train/")), 180)
+    kill_when(run_flow(tmp_path, job), lambda: any("/checkpoint_" in e.key for e in store.list("train/")), 400)
     second = records()
     assert len(second) == 31  # 30 train shards of 4 images, 1 val shard
     assert {key: second[key] for key in first} == first
 
     run = run_flow(tmp_path, job)
-    output, _ = run.communicate(timeout=280)
+    output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
     assert "going on from the checkpoint of step" in output
     assert records() == second

@@ -12,6 +12,7 @@ from panopticapi.evaluation import PQStat, pq_compute_single_core
 from infra.store import open_store
 from preprocessing.synthetic import SyntheticConfig, write_set
 
+pytestmark = pytest.mark.timeout(1300)
 SET = SyntheticConfig(train=24, val=10, size=(48, 48), seed=7)
 
 
@@ -33,7 +34,7 @@ def test_from_coco_files_to_a_pq_report_that_the_panoptic_api_confirms(coco, tmp
     storage = f"s3://{s3_env.bucket}/{tmp_path.name}"
     job = {"data": str(coco), "storage": storage, "recipe": "debug", "workers": 1}
     run = run_flow(tmp_path, job)
-    output, _ = run.communicate(timeout=240)
+    output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
     last = output.strip().splitlines()[-1]
     assert last.startswith("PQ ")
@@ -50,7 +51,7 @@ def test_from_coco_files_to_a_pq_report_that_the_panoptic_api_confirms(coco, tmp
 
     before = {e.key: e.modified for e in store.list()}
     again = run_flow(tmp_path, job)
-    repeated, _ = again.communicate(timeout=240)
+    repeated, _ = again.communicate(timeout=600)
     assert again.returncode == 0, repeated
     assert repeated.strip().splitlines()[-1] == last
     assert {e.key: e.modified for e in store.list()} == before
@@ -88,7 +89,7 @@ def check_against_panoptic_api(report, store, folder, coco, predictions):
 )
 def test_a_bad_job_ends_with_one_clear_error(tmp_path, s3_env, job, told):
     run = run_flow(tmp_path, job)
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=600)
     assert run.returncode != 0
     assert told in output.strip().splitlines()[-1]
     assert "Traceback" not in output
@@ -97,7 +98,7 @@ def test_a_bad_job_ends_with_one_clear_error(tmp_path, s3_env, job, told):
 def test_wrong_credentials_are_named(tmp_path, s3_env, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     run = run_flow(tmp_path, {"storage": f"s3://{s3_env.bucket}/x", "recipe": "debug"})
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=600)
     assert run.returncode != 0
     assert "AWS_SECRET_ACCESS_KEY" in output.strip().splitlines()[-1]
     assert "Traceback" not in output

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from evaluation.ray_evaluate import evaluate
 from evaluation.report import Report
 from infra import ray_cluster
+from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.logs import flow_logs, worth_a_retry
 from preprocessing.coco import check_layout
@@ -79,11 +80,14 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         chosen = chosen.lasting(job.epochs)
     job = job.model_copy(update={"storage": open_store(job.storage).url})  # absolute: workers stand elsewhere
     with flow_logs():
+        chosen.train.split_batch(job.workers)  # refuses now what training would refuse after hours of precompute
         check_storage(job.storage)
         root = find_data(job)
         with ray_cluster.session(job.ray):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
+            if val_set.labels != train_set.labels:  # weights know categories by their place in the table
+                raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories")
             run = train(job, chosen, train_set)
             report = evaluate_run(job, chosen, run, val_set)
         log.info("report: %s", report.url)

@@ -83,6 +83,7 @@ def check_against_panoptic_api(report, store, folder, coco, predictions):
     [
         ({"recipe": "nope"}, "unknown recipe 'nope'"),
         ({"bogus": 1}, "bogus"),
+        ({"recipe": "debug", "workers": 3}, "does not divide among 3 workers"),
         ({"data": "/nowhere", "recipe": "debug"}, "/nowhere: not found"),
         ({"storage": "s3://tessera-absent/x", "recipe": "debug"}, "tessera-absent"),
     ],
@@ -102,3 +103,14 @@ def test_wrong_credentials_are_named(tmp_path, s3_env, monkeypatch):
     assert run.returncode != 0
     assert "AWS_SECRET_ACCESS_KEY" in output.strip().splitlines()[-1]
     assert "Traceback" not in output
+
+
+def test_splits_with_different_categories_are_refused_before_training(coco, tmp_path):
+    listed = coco / "annotations" / "panoptic_val2017.json"
+    content = json.loads(listed.read_text())
+    listed.write_text(json.dumps({**content, "categories": content["categories"][::-1]}))
+    run = run_flow(tmp_path, {"data": str(coco), "recipe": "debug"})
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode != 0
+    assert "list different categories" in output.strip().splitlines()[-1]
+    assert not (tmp_path / ".tessera/store/train").exists()

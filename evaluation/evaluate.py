@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evaluation import coco_format
-from evaluation.pictures import Picture, encode_png, panoptic_overlay
+from evaluation.pictures import encode_png, panoptic_overlay
 from evaluation.pq import PQStats, compare
 from infra import artifacts
 from infra.errors import TesseraError
@@ -21,7 +21,7 @@ from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.sample import Sample, decode_image, from_fields
 from preprocessing.shards import Shard, ShardSet
-from training.methods.base import Method
+from training.methods.base import Method, Picture
 from training.reader import read_shard_samples
 from training.recipe import Recipe
 from training.run import load_method

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -196,9 +196,12 @@ class _Meter:
         self.norms: list[float] = []
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
 
-    def waiting(self) -> "_Waiting":
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
         """A context whose time counts as waiting for data."""
-        return _Waiting(self)
+        since = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - since
 
     def add(self, losses: dict[str, Tensor], norm: float, images: int) -> None:
         for name, value in losses.items():
@@ -213,14 +216,3 @@ class _Meter:
         result = Progress(step, steps, losses, lr, norm, self.images / seconds, self.waited / seconds)
         self._clear()
         return result
-
-
-class _Waiting:
-    def __init__(self, meter: _Meter) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.waited += time.perf_counter() - self.since

@@ -8,9 +8,6 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
-
 from evaluation import coco_format
 from evaluation.pictures import encode_png, panoptic_overlay
 from evaluation.pq import PQStats, compare
@@ -85,8 +82,10 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
         return _from_json(json.loads(store.read(key)))
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     stats, annotations, pictures = PQStats.zero(len(job.labels)), [], {}
-    for samples in _chunks(read_shard_samples(job.store_url, job.shard)):
-        for sample, prediction in zip(samples, predict(method, samples), strict=True):
+    for samples in load_samples(job.store_url, job.shard):
+        outputs = method.predict(method.inputs([sample.image for sample in samples]))
+        predictions = method.decode(outputs, [sample.panoptic.size for sample in samples])
+        for sample, prediction in zip(samples, predictions, strict=True):
             stats += compare(sample.panoptic, prediction, len(job.labels), f"image {sample.image_id}")
             png_name = f"{sample.image_id:012d}.png"
             store.write(f"{job.path}/predictions/{png_name}", coco_format.png(prediction))
@@ -97,11 +96,6 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     score = ShardScore(ids, stats, tuple(annotations), pictures)
     store.write(key, json.dumps(_to_json(score)).encode())
     return score
-
-
-def predict(method: Method, samples: Sequence[Sample]) -> list[PanopticMap]:
-    """Panoptic maps at the samples' own sizes."""
-    return method.segment(_inputs(method, samples), [sample.panoptic.size for sample in samples])
 
 
 def gather(scores: Sequence[ShardScore], val_set: ShardSet) -> Scores:
@@ -126,16 +120,11 @@ def gallery_of(val_set: ShardSet, count: int = 12) -> frozenset[int]:
     return frozenset(ids[:: max(1, len(ids) // count)][:count])
 
 
-def _chunks(fields: Iterator[dict[str, Any]]) -> Iterator[list[Sample]]:
+def load_samples(store_url: str, shard: Shard) -> Iterator[list[Sample]]:
+    """The samples of a shard in batches."""
+    fields = read_shard_samples(store_url, shard)
     while chunk := [from_fields(f) for f in islice(fields, _BATCH)]:
         yield chunk
-
-
-def _inputs(method: Method, samples: Sequence[Sample]) -> torch.Tensor:
-    """uint8 (B, 3, H, W) on the method's grid and device."""
-    images = [decode_image(sample.image, method.grid) for sample in samples]
-    images_BHW3 = torch.from_numpy(np.stack(images)).to(next(method.parameters()).device)
-    return images_BHW3.permute(0, 3, 1, 2).contiguous()
 
 
 @lru_cache(maxsize=1)
@@ -147,7 +136,7 @@ def _cached_method(recipe: Recipe, labels: LabelTable, store_url: str, run: str)
 def _pictures(method: Method, sample: Sample, prediction: PanopticMap) -> dict[str, str]:
     image_HW3 = decode_image(sample.image)
     pictures: dict[str, Picture] = {"image": image_HW3}
-    pictures |= method.views(_inputs(method, [sample]))[0]
+    pictures |= method.views(method.predict(method.inputs([sample.image])))[0]
     pictures["predicted panoptic"] = panoptic_overlay(image_HW3, prediction, method.labels)
     pictures["ground truth"] = panoptic_overlay(image_HW3, sample.panoptic, method.labels)
     size = sample.panoptic.size

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 from prefect import Task, flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from evaluation.ray_evaluate import evaluate
 from evaluation.report import Report
@@ -53,14 +53,29 @@ class TrainCoco(BaseModel):
         ".tessera/store", description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*)."
     )
     recipe: Annotated[str, AfterValidator(_known)] = Field(
-        "demo", description="Method, options and training; see docs/recipes.md.", json_schema_extra={"enum": [*RECIPES]}
+        "demo",
+        description="Method, options and training; see training/recipes.py.",
+        json_schema_extra={"enum": [*RECIPES]},
     )
     epochs: PositiveFloat | None = Field(None, description="Passes over the train split, if not the recipe's.")
+    options: dict[str, Any] = Field(
+        {}, description='Other options of the recipe by dotted name, as {"method.eds_distance": 0, "train.seed": 1}.'
+    )
     workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch.")
     gpus: bool = Field(False, description="One GPU per training worker and evaluation task.")
     ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
     bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the run.")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "TrainCoco":
+        self.resolved()
+        return self
+
+    def resolved(self) -> Recipe:
+        """The recipe with all that this job changes; TesseraError for options that it does not have."""
+        chosen = recipe(self.recipe).changed(self.options)
+        return chosen if self.epochs is None else chosen.lasting(self.epochs)
 
 
 def _step(function: Callable[P, R]) -> Task[P, R]:
@@ -75,9 +90,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
     Every step is skipped whose output is on the store already; an interrupted one goes on. Returns the
     report's URL and its figures.
     """
-    chosen = recipe(job.recipe)
-    if job.epochs is not None:
-        chosen = chosen.lasting(job.epochs)
+    chosen = job.resolved()
     job = job.model_copy(update={"storage": open_store(job.storage).url})  # absolute: workers stand elsewhere
     with flow_logs():
         chosen.train.split_batch(job.workers)  # refuses now what training would refuse after hours of precompute
@@ -103,11 +116,16 @@ def check_storage(storage: str) -> None:
 @_step
 def find_data(job: TrainCoco) -> Path:
     """The data set's folder; the synthetic one is written where it is not there yet."""
+    root = data_root(job)
+    for split in (job.train_split, job.val_split):
+        check_layout(root, split)
+    return root
+
+
+def data_root(job: TrainCoco) -> Path:
+    """Folder of the data; writes the synthetic set where it is not there yet."""
     if job.data != SYNTHETIC:
-        root = Path(job.data).resolve()
-        for split in (job.train_split, job.val_split):
-            check_layout(root, split)
-        return root
+        return Path(job.data).resolve()
     log.info("synthetic set: %d train and %d val images", job.synthetic.train, job.synthetic.val)
     return write_set(Path(".tessera/data").resolve(), job.synthetic)
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infra.errors import TesseraError
 from preprocessing.shards import ShardSet
@@ -22,7 +24,7 @@ from training.recipe import Recipe, TrainConfig
 log = logging.getLogger("tessera.train")
 
 State = dict[str, Any]
-"""What a run goes on from: method, optimizer, step, rng, history. Tensors and plain values only."""
+"""What a run goes on from: method, average, optimizer, step, history. Tensors and plain values only."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,17 @@ class Progress:
 
 
 class NonFiniteLoss(TesseraError):
-    """Training stopped before a step that would have spoiled the weights."""
+    """Training stopped before a step that would have spoiled the weights.
+
+    own: whether this worker's losses were at fault; the gradient is every worker's.
+    """
+
+    def __init__(self, message: str, own: bool) -> None:
+        super().__init__(message, own)  # both, so that it can be pickled
+        self.own = own
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def train(
@@ -73,25 +85,30 @@ def train(
     """
     config, steps = recipe.train, recipe.train.steps(shards.samples)
     torch.manual_seed(config.seed)
-    method = recipe.build(shards.labels).to(place.device)
-    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method = recipe.build(shards.labels)
+    if state is None and (loaded := method.load_pretrained()) and place.rank == 0:
+        log.info("backbone: %s", loaded)
+    method.to(place.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(method, config, steps)
     if state is not None:
         run.restore(state)
+    if config.compile:
+        method.network.compile()
     images, passes = config.split_batch(place.world)
     stream = BatchStream(shards, store_url, recipe.reader, images, place.rank, place.world, run.step * passes)
     trained = _distributed(method, place)
-    batches, meter = load_batches(stream), _Meter()
+    batches, meter, guard = load_batches(stream), _Meter(), _Guard(place.device)
     due = _report_steps(steps, config.checkpoints)
     method.train()
     while run.step < steps:
-        losses, norm = _step(run, trained, batches, passes, place.device, meter)
+        losses, norm = _step(run, trained, batches, passes, place, meter, guard)
         meter.add(losses, norm, config.batch)
         if run.step in due:
-            progress = meter.progress(run.step, steps, run.optimizer.param_groups[0]["lr"])
+            guard.settle()
+            progress = meter.progress(run.step, steps, max(group["lr"] for group in run.optimizer.param_groups))
             run.history.append(asdict(progress))
             report(progress, run.state() if due[run.step] else None)
-    return method, run.history
+    return run.best, run.history
 
 
 @dataclass
@@ -105,30 +122,44 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        groups = self.method.parameter_groups(self.config.lr, self.config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas, fused=True)
+        config = self.config
+        groups = self.method.parameter_groups(config.lr, config.weight_decay, config.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
         self.peaks = [group["lr"] for group in groups]
+        average = get_ema_multi_avg_fn(config.ema)
+        self.ema = AveragedModel(self.method, multi_avg_fn=average) if config.ema else None
 
-    def set_lr(self) -> None:
-        """Linear warm-up, then cosine to 0 at the end of the run: a function of the step alone."""
-        warmup = max(1, round(self.config.warmup * self.steps))
-        share = min(1.0, (self.step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+    @property
+    def best(self) -> Method:
+        """What evaluation uses."""
+        averaged: Any = self.ema
+        return self.method if averaged is None else averaged.module
+
+    def advance(self, norm: Tensor) -> None:
+        """The optimizer's step, which the device itself leaves out where the gradient's norm is not finite."""
+        share = self.config.lr_share(self.step, self.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = share * peak
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # as GradScaler does
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.method)
+        self.step += 1
 
     def state(self) -> State:
         return {
             "step": self.step,
             "method": self.method.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
             "history": self.history,
         }
 
     def restore(self, state: State) -> None:
         self.method.load_state_dict(state["method"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
         self.step, self.history = state["step"], list(state["history"])
 
 
@@ -137,11 +168,16 @@ def _step(
     trained: nn.Module,
     batches: Iterator[Batch],
     passes: int,
-    device: torch.device,
+    place: Place,
     meter: "_Meter",
-) -> tuple[dict[str, Tensor], float]:
-    """One optimizer step over `passes` forward and backward passes; its losses and gradient norm."""
+    guard: "_Guard",
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimizer step over `passes` forward and backward passes; its losses and gradient norm.
+
+    Nothing here makes the host wait for the device.
+    """
     run.optimizer.zero_grad(set_to_none=True)
+    torch.manual_seed(hash((run.config.seed, run.step, place.rank)))  # so that a resumed run draws the same noise
     sums: dict[str, Tensor] = {}
     keys: list[str] = []
     for i in range(passes):
@@ -149,18 +185,14 @@ def _step(
             batch = next(batches)
         keys += batch.keys
         with _exchange(trained, i == passes - 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=run.config.bf16):
-                losses = trained(batch.to(device), run.step)
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=run.config.bf16):
+                losses = trained(batch.to(place.device), run.step)
             (torch.stack(list(losses.values())).sum() / passes).backward()
         for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() / passes
-    norm = float(nn.utils.clip_grad_norm_(run.method.parameters(), run.config.clip))
-    if not math.isfinite(norm):  # after the exchange of gradients, so that all ranks see it
-        told = {name: float(value) for name, value in sums.items()}
-        raise NonFiniteLoss(f"step {run.step}: gradient norm {norm}, losses {told}, samples {', '.join(keys)}")
-    run.set_lr()
-    run.optimizer.step()
-    run.step += 1
+            sums[name] = sums.get(name, torch.zeros((), device=place.device)) + value.detach() / passes
+    norm = nn.utils.clip_grad_norm_(run.method.parameters(), run.config.clip)
+    guard.watch(run.step, norm, sums, keys)  # after the exchange of gradients, so that all ranks see the same
+    run.advance(norm)
     return sums, norm
 
 
@@ -185,6 +217,39 @@ def _report_steps(steps: int, checkpoints: int) -> dict[int, bool]:
     return {step: step in saved for step in sorted(saved | told)}
 
 
+class _Guard:
+    """Stops the run at a gradient that is not finite.
+
+    The host looks at a norm one step later on a GPU, when it is there without waiting; the device has left that
+    step out by itself, so the weights are still those before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lag = 1 if device.type == "cuda" else 0
+        self.pending: deque[tuple[int, Tensor, dict[str, Tensor], list[str]]] = deque()
+        self.copied: deque[torch.cuda.Event] = deque()
+
+    def watch(self, step: int, norm: Tensor, losses: dict[str, Tensor], keys: list[str]) -> None:
+        """Take a step's norm; raise NonFiniteLoss for an earlier one, or on a CPU for this one."""
+        host = torch.empty((), pin_memory=self.lag > 0).copy_(norm.detach(), non_blocking=True)
+        if self.lag:
+            self.copied.append(torch.cuda.Event())
+            self.copied[-1].record()
+        self.pending.append((step, host, losses, keys))
+        self.settle(self.lag)
+
+    def settle(self, lag: int = 0) -> None:
+        """Look at all but the newest `lag` steps."""
+        while len(self.pending) > lag:
+            step, norm, losses, keys = self.pending.popleft()
+            if self.lag:
+                self.copied.popleft().synchronize()
+            if not norm.isfinite():
+                told = {name: float(value) for name, value in losses.items()}
+                message = f"step {step}: gradient norm {float(norm)}, losses {told}, samples {', '.join(keys)}"
+                raise NonFiniteLoss(message, own=not all(map(math.isfinite, told.values())))
+
+
 class _Meter:
     """Averages between two reports."""
 
@@ -193,7 +258,7 @@ class _Meter:
 
     def _clear(self) -> None:
         self.losses: dict[str, list[Tensor]] = {}
-        self.norms: list[float] = []
+        self.norms: list[Tensor] = []
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     @contextmanager
@@ -203,7 +268,7 @@ class _Meter:
         yield
         self.waited += time.perf_counter() - since
 
-    def add(self, losses: dict[str, Tensor], norm: float, images: int) -> None:
+    def add(self, losses: dict[str, Tensor], norm: Tensor, images: int) -> None:
         for name, value in losses.items():
             self.losses.setdefault(name, []).append(value)
         self.norms.append(norm)
@@ -212,7 +277,7 @@ class _Meter:
     def progress(self, step: int, steps: int, lr: float) -> Progress:
         seconds = time.perf_counter() - self.started
         losses = {name: float(torch.stack(values).mean()) for name, values in self.losses.items()}
-        norm = sum(self.norms) / len(self.norms)
+        norm = float(torch.stack(self.norms).mean())
         result = Progress(step, steps, losses, lr, norm, self.images / seconds, self.waited / seconds)
         self._clear()
         return result

@@ -121,7 +121,7 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         method, history = train(job.recipe, shards, job.store_url, place, state, report)
     except NonFiniteLoss as error:  # on all ranks at once, and a restart would meet it again
-        ray.get(board.fail.remote(str(error)))
+        ray.get(board.fail.remote(str(error), error.own))
         return
     if place.rank == 0:
         weights = {name: value.contiguous().cpu() for name, value in method.state_dict().items()}
@@ -148,8 +148,10 @@ class _Board:
     def say(self, line: str) -> None:
         self.lines.append(line)
 
-    def fail(self, problem: str) -> None:
-        self.problem = problem
+    def fail(self, problem: str, own: bool) -> None:
+        """All workers fail at once; the one whose samples are at fault is to be heard."""
+        if own or not self.problem:
+            self.problem = problem
 
     def failure(self) -> str:
         return self.problem

@@ -1,15 +1,18 @@
 """Recipe: one frozen, typed, fully resolved description of a training run."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from infra import artifacts
 from infra.errors import TesseraError
 from preprocessing.labels import LabelTable
 from preprocessing.shards import ShardConfig
-from training.methods import METHODS, MethodConfig
-from training.methods.base import Method
+from training.backbones.weights import fingerprint
+from training.methods import METHODS
+from training.methods.base import Method, MethodConfig
 from training.reader import ReaderConfig
 
 SCHEMA_VERSION = 1
@@ -18,35 +21,51 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimisation. Schedules are shares of the run, so that they hold for any data set and length."""
+    """Optimisation. Schedules are in epochs, so that they hold for any data set and batch."""
 
     batch: int
     """Images per optimizer step over all workers; accumulation follows from their number."""
     epochs: float
     """Passes over the train split."""
     lr: float
-    """Peak learning rate (AdamW), after a linear warm-up; then cosine to 0."""
-    warmup: float = 0.015
-    """Share of the run."""
+    """Peak learning rate (AdamW), of everything but the backbone's lower layers."""
+    warmup_epochs: float = 0.0
+    """Epochs of the linear warm-up; less than all."""
     weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    """Each layer of the backbone learns at this share of the rate of the layer above; 1: all alike."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     """Largest gradient norm."""
+    ema: float = 0.0
+    """Decay per step of the moving average of the weights that evaluation uses; 0: none."""
     micro_batch: int = 32
     """Most images one worker takes at once."""
     bf16: bool = True
     """Autocast to bfloat16; losses stay in float32."""
+    compile: bool = False
+    """torch.compile the network: a minute at the start for faster steps, where benchmarks/train_step.py shows any."""
     checkpoints: int = 10
     """Checkpoints written over the run."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.micro_batch, self.checkpoints) < 1 or min(self.epochs, self.lr) <= 0:
-            raise TesseraError(f"train config: batch, epochs, lr, ... must be positive: {self}")
+        positive = min(self.batch, self.micro_batch, self.checkpoints) >= 1 and min(self.epochs, self.lr, self.clip) > 0
+        if not positive or not math.isfinite(self.epochs + self.lr + self.clip) or not self.weight_decay >= 0:
+            raise TesseraError(f"train config: batch, epochs, lr, clip, ... must be positive: {self}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise TesseraError(f"train config: {self.warmup_epochs} warm-up epochs in {self.epochs}")
+        if not (0 < self.layer_decay <= 1 and 0 <= self.ema < 1):
+            raise TesseraError(f"train config: layer_decay {self.layer_decay} or ema {self.ema} is out of range")
 
     def steps(self, samples: int) -> int:
         """Optimizer steps of the run on a train split of this many samples."""
         return max(1, round(self.epochs * samples / self.batch))
+
+    def lr_share(self, step: int, steps: int) -> float:
+        """Share of the peak rate at a step: linear warm-up, then cosine to 0; a function of the step alone."""
+        warmup = max(1, round(self.warmup_epochs / self.epochs * steps))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
     def split_batch(self, workers: int) -> tuple[int, int]:
         """(images per worker and forward pass, passes per step). TesseraError if it cannot be exact."""
@@ -70,11 +89,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.shards.grid is None:
             raise TesseraError(f"recipe {self.name}: training needs shards of one grid")
-        if self.method.eds_radius > self.shards.radius:
+        if self.method.distance_radius > self.shards.radius:
             raise TesseraError(
-                f"recipe {self.name}: the method needs distances up to {self.method.eds_radius:g} px, the "
+                f"recipe {self.name}: the method needs distances up to {self.method.distance_radius:g} px, the "
                 f"shards are exact up to {self.shards.radius}"
             )
+
+    def changed(self, options: Mapping[str, Any]) -> "Recipe":
+        """The same recipe with other options, by dotted name: {"method.eds_distance": 0, "train.seed": 1}.
+
+        Raises TesseraError for a name that is none, or a value of another type than the option's.
+        """
+        return _changed(self, "", dict(options))
 
     @property
     def val_shards(self) -> ShardConfig:
@@ -82,8 +108,9 @@ class Recipe:
         return dataclasses.replace(self.shards, grid=None)
 
     def lasting(self, epochs: float) -> "Recipe":
-        """The same recipe for another number of epochs."""
-        return dataclasses.replace(self, train=dataclasses.replace(self.train, epochs=epochs))
+        """The same recipe for another number of epochs; the warm-up keeps its share."""
+        warmup = self.train.warmup_epochs * epochs / self.train.epochs
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, epochs=epochs, warmup_epochs=warmup))
 
     def build(self, labels: LabelTable) -> Method:
         """A method with fresh weights."""
@@ -91,7 +118,31 @@ class Recipe:
         return METHODS[type(self.method)](self.method, labels, self.shards.grid)
 
     def run_path(self, train_set: str) -> str:
-        """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor of its path."""
-        facts: dict[str, Any] = dataclasses.asdict(self)
+        """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor of its path.
+
+        Reads the pretrained weights' file, whose content is; TesseraError where there is none.
+        """
+        facts: dict[str, Any] = dataclasses.asdict(self) | {"version": self.method.version}
         facts["method"].pop("decode")
+        facts["method"]["backbone"]["weights"] = fingerprint(self.method.backbone.weights)
         return artifacts.step_path("train", SCHEMA_VERSION, facts, [train_set])
+
+
+def _changed(config: Any, place: str, options: dict[str, Any]) -> Any:
+    """A frozen dataclass with all options below `place` replaced at once: some are only allowed together."""
+    from pydantic import TypeAdapter, ValidationError  # only where a user's options come in
+
+    types = get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
+    known = {f.name for f in dataclasses.fields(config)} if types else set()
+    changes: dict[str, Any] = {}
+    for name in dict.fromkeys(option.split(".")[0] for option in options):
+        if name not in known:
+            raise TesseraError(f"option '{place}{name}': there is none; there are {', '.join(sorted(known)) or 'none'}")
+        below = {o.removeprefix(f"{name}."): value for o, value in options.items() if o.startswith(f"{name}.")}
+        try:
+            changes[name] = TypeAdapter(types[name]).validate_python(options.get(name, getattr(config, name)))
+        except ValidationError as error:
+            raise TesseraError(f"option '{place}{name}': {options[name]!r}: {error.errors()[0]['msg']}") from error
+        if below:
+            changes[name] = _changed(changes[name], f"{place}{name}.", below)
+    return dataclasses.replace(config, **changes)

@@ -86,12 +86,15 @@ def odd(size: tuple[int, int]) -> dict[str, Example]:
 
 
 def recast(example: Example, labels: LabelTable) -> Example:
-    """The same regions with categories of another table, things staying things."""
+    """The same picture with categories of another table; things stay things, stuff of one category is one segment."""
     of_kind = {kind: np.flatnonzero(labels.is_thing == kind) for kind in (True, False)}
-    rows = tuple(
-        replace(s, category=int(of_kind[s.is_thing][s.category % len(of_kind[s.is_thing])])) for s in example.segments
-    )
-    return replace(example, segments=rows)
+    rows, label_N = [], [0]
+    for s in example.segments:
+        category = int(of_kind[s.is_thing][s.category % len(of_kind[s.is_thing])])
+        known = [i for i, row in enumerate(rows, 1) if not s.is_thing and row.category == category]
+        rows += [] if known else [replace(s, category=category)]
+        label_N += known or [len(rows)]
+    return example_of(np.array(label_N)[example.labels_HW], rows, example.key, example.image_HW3)
 
 
 def truth(example: Example) -> PanopticMap:

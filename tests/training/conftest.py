@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from infra.store import Store, open_store
 from preprocessing.coco import CocoIndex, CocoRecord, read_index, read_sample
 from preprocessing.shards import ShardConfig, ShardSet, commit, compute_shard, plan, set_path
 from preprocessing.synthetic import SyntheticConfig, write_set
+from tests.support.coco_folder import CocoFolder
 
 # The processes that DataLoader forks need not import torch again.
 multiprocessing.set_forkserver_preload(["training.reader"])
@@ -64,13 +66,18 @@ def odd_folder(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "run#1 {a,b}::50%20?" / "ü"))
 
 
-@pytest.fixture
-def labelled_throughout(make_set: Maker, index: CocoIndex) -> ShardSet:
-    """Two shards of two images, each with things and without void or crowd."""
-    chosen = []
-    for record in index.records:
-        truth = read_sample(record, index.labels)[1]
-        if truth.ids.all() and any(s.is_thing for s in truth.segments) and not any(s.is_crowd for s in truth.segments):
-            chosen.append(record)
-    assert len(chosen) >= 4
-    return make_set(chosen[:4], 2)
+@pytest.fixture(scope="session")
+def of_all_kinds(tmp_path_factory: pytest.TempPathFactory, shard_store: Store) -> ShardSet:
+    """Two shards of two images: void, crowds, and an image without things, its things made void."""
+    root = write_set(tmp_path_factory.mktemp("all kinds"), SyntheticConfig(train=4, val=1, size=(32, 32), seed=3))
+    folder, labels = CocoFolder(root), read_index(root, "train2017").labels
+    stuff = {c.dataset_id for c in labels.categories if not c.is_thing}
+    kept = {row["id"]: row["category_id"] for row in folder.rows(3) if row["category_id"] in stuff}
+    ids = folder.ids(3)
+    folder.redraw(3, np.where(np.isin(ids, list(kept)), ids, 0), kept)
+    index = folder.index()
+    truths = [read_sample(record, labels)[1] for record in index.records]
+    assert any(segment.is_crowd for truth in truths for segment in truth.segments)
+    assert [any(s.is_thing and not s.is_crowd for s in truth.segments) for truth in truths] == [True, True, True, False]
+    assert all((truth.ids == 0).any() for truth in truths)
+    return shard_set(shard_store, index, 2)

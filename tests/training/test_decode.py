@@ -6,15 +6,51 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.errors import TesseraError
+from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, measured
 from preprocessing.synthetic import CATEGORIES
-from tests.support.examples import BOX, DISK, FIELD, SKY
+from tests.support.examples import BOX, DISK, FIELD, SKY, table
+from training.methods.generalist import decode as decoding
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
-from training.methods.generalist.decode import NO_INSTANCE, assemble, group_votes, nearest_codes
+from training.methods.generalist.decode import (
+    assemble,
+    assemble_on_device,
+    centroid_picture,
+    decode,
+    decode_on_device,
+    decode_on_host,
+    group_votes,
+)
 from training.methods.generalist.targets import embed, embed_xy, omegas
+from training.methods.generalist.votes import (
+    FIXED,
+    NO_INSTANCE,
+    best_classes,
+    cast_votes,
+    cast_votes_on_host,
+    cells_of,
+    sum_cells,
+    sum_cells_on_device,
+)
 
 GRIDS = [1, 2, 3, 5, 80]
 SIZE = (12, 20)
+every_grid = pytest.mark.parametrize("grid", GRIDS)
+both_periods = pytest.mark.parametrize("half", [False, True], ids=["full", "half"])
+
+
+def on_host(instance_XHW, config):
+    votes_2HW, inside_HW = cast_votes_on_host(instance_XHW, config)
+    return torch.from_numpy(votes_2HW), torch.from_numpy(inside_HW)
+
+
+def on_device(instance_XHW, config):
+    votes_B2HW, inside_BHW = cast_votes(instance_XHW[None], config)
+    return votes_B2HW[0], inside_BHW[0]
+
+
+both_paths = pytest.mark.parametrize("cast", [on_host, on_device])
 
 
 def config_of(frequencies: int, half: bool, grid: int) -> GeneralistConfig:
@@ -25,7 +61,7 @@ def centres(grid: int) -> torch.Tensor:
     return (2 * torch.arange(grid, dtype=torch.float64) + 1) / grid - 1
 
 
-def embeddings(config: GeneralistConfig, count: int = 64) -> torch.Tensor:
+def embeddings(config: GeneralistConfig, count: int = 160) -> torch.Tensor:
     """(4 L, 4, count): noise, small noise, codes with noise, and what lies between a code and zero."""
     generator = torch.Generator().manual_seed(0)
     codes_ND = embed_xy(torch.rand(count, 2, generator=generator) * 2 - 1, omegas(config))
@@ -34,14 +70,22 @@ def embeddings(config: GeneralistConfig, count: int = 64) -> torch.Tensor:
     return torch.stack([2 * noise[0], 0.3 * noise[1], codes_ND + 0.3 * noise[2], shares * codes_ND]).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["full", "half"])
+def scores_2PG(embedding_EHW: torch.Tensor, config: GeneralistConfig) -> torch.Tensor:
+    """float64 dot products with every cell's code, of u and of v."""
+    codes_GD = embed(centres(config.decode.grid), omegas(config))
+    values_P2D = embedding_EHW.double().flatten(1).T.unflatten(1, (2, -1))
+    return torch.stack([values_P2D[:, axis] @ codes_GD.T for axis in range(2)])
+
+
+@both_paths
+@both_periods
 @pytest.mark.parametrize("frequencies", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_no_code_is_nearer_than_the_chosen_one(grid: int, frequencies: int, half: bool):
+@every_grid
+def test_no_code_is_nearer_than_the_chosen_one(grid: int, frequencies: int, half: bool, cast):
     config = config_of(frequencies, half, grid)
     embedding_EHW = embeddings(config)
-    votes_HW2, inside_HW = nearest_codes(embedding_EHW, config)
-    cells_P2 = votes_HW2.flatten(0, 1).round().long().clamp(0, grid - 1)  # as group_votes reads them
+    votes_2HW, inside_HW = cast(embedding_EHW, config)
+    cells_P2 = ((votes_2HW + FIXED // 2) // FIXED).flatten(1).T.long()
     codes_GD = embed(centres(grid), omegas(config))
     y_P2D = embedding_EHW.double().flatten(1).T.unflatten(1, (2, -1))
     d2_2PG = torch.stack([(y_P2D[:, i, None] - codes_GD).square().sum(-1) for i in range(2)])
@@ -52,39 +96,142 @@ def test_no_code_is_nearer_than_the_chosen_one(grid: int, frequencies: int, half
     assert float((chosen_P - best_P).max()) <= 1e-5
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["full", "half"])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_the_code_of_a_cells_centre_votes_for_the_centre(grid: int, half: bool):
+@both_paths
+@both_periods
+@every_grid
+def test_the_code_of_a_cells_centre_votes_for_the_centre(grid: int, half: bool, cast):
     config = config_of(4, half, grid)
     u_GG, v_GG = torch.meshgrid(centres(grid), centres(grid), indexing="xy")
     embedding = embed_xy(torch.stack([u_GG, v_GG], -1), omegas(config)).permute(2, 0, 1)
-    votes_GG2, inside_GG = nearest_codes(embedding, config)
-    cells = torch.arange(grid).float()
+    votes_2GG, inside_GG = cast(embedding, config)
     assert inside_GG.all()
-    torch.testing.assert_close(votes_GG2[..., 0], cells.expand(grid, grid), atol=0.01, rtol=0)
-    torch.testing.assert_close(votes_GG2[..., 1], cells[:, None].expand(grid, grid), atol=0.01, rtol=0)
+    assert votes_2GG.dtype == torch.int32
+    middles_G = FIXED * torch.arange(grid, dtype=torch.int32)
+    assert torch.equal(votes_2GG, torch.stack(torch.meshgrid(middles_G, middles_G, indexing="xy")))
 
 
-def test_votes_between_centres_are_placed_between_them():
+@both_paths
+def test_votes_between_centres_are_placed_between_them(cast):
     config = config_of(4, True, 80)
     exact = torch.rand(2000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 78 + 0.5
     codes = embed_xy((2 * exact + 1) / 80 - 1, omegas(config)).T[:, None]
-    votes, inside = nearest_codes(codes, config)
+    votes, inside = cast(codes, config)
     assert inside.all()
-    torch.testing.assert_close(votes[0], exact.float(), atol=0.05, rtol=0)
+    torch.testing.assert_close(votes[:, 0] / FIXED, exact.T.float(), atol=0.05, rtol=0)
 
 
-def test_any_scale_of_the_zero_vector_is_outside():
-    config = GeneralistConfig()
-    assert not nearest_codes(torch.zeros(16, 3, 4), config)[1].any()
+@both_paths
+@both_periods
+@pytest.mark.parametrize("frequencies", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("grid", [3, 20, 40, 41, 80])
+def test_votes_lie_at_the_vertex_of_the_parabola_through_three_scores(grid: int, frequencies: int, half: bool, cast):
+    config = config_of(frequencies, half, grid)
+    embedding_EHW = embeddings(config)
+    votes_2P = cast(embedding_EHW, config)[0].flatten(1)
+    checked = 0
+    for axis, scores_PG in enumerate(scores_2PG(embedding_EHW, config).numpy()):
+        for vote, scores_G in zip(votes_2P[axis].tolist(), scores_PG, strict=True):
+            cell = int(scores_G.argmax())
+            if scores_G[cell] - np.delete(scores_G, cell).max() < 1e-5:
+                continue  # float32 cannot tell these two
+            expected = FIXED * cell
+            if 0 < cell < grid - 1:
+                curve = np.polyfit([-1, 0, 1], scores_G[cell - 1 : cell + 2], 2)
+                expected += np.clip(FIXED * -curve[1] / (2 * curve[0]), -FIXED / 2, FIXED / 2 - 1)
+            assert abs(vote - expected) <= 0.6  # rounded, from float32
+            checked += 1
+    assert checked > 300
+
+
+@both_paths
+def test_the_zero_vector_is_outside(cast):
+    assert not cast(torch.zeros(16, 3, 4), GeneralistConfig())[1].any()
+
+
+@both_periods
+@pytest.mark.parametrize("grid", [1, 2, 20, 40, 80, 160])
+def test_both_paths_cast_the_same_votes_where_float32_can_tell(grid: int, half: bool):
+    config = config_of(4, half, grid)
+    embedding_EHW = embeddings(config, 1000)
+    (one_2HW, in_one_HW), (other_2HW, in_other_HW) = on_host(embedding_EHW, config), on_device(embedding_EHW, config)
+    best_2PK = scores_2PG(embedding_EHW, config).topk(min(2, grid), 2).values
+    clear_2P = (best_2PK[..., 0] - best_2PK[..., -1] > 1e-5) | (grid == 1)
+    assert ((one_2HW - other_2HW).flatten(1).abs() <= 1)[clear_2P].all()
+    sure_P = (best_2PK[..., 0].sum(0) - config.frequencies).abs() > 1e-5
+    assert torch.equal(in_one_HW.flatten()[sure_P], in_other_HW.flatten()[sure_P])
+    assert clear_2P.float().mean() > 0.99
+    assert sure_P.float().mean() > 0.99
+
+
+@both_paths
+@pytest.mark.parametrize("grid", [1, 3, 80])
+@pytest.mark.parametrize("encoding", ["embedding", "direct", "classes"])
+def test_the_largest_numbers_vote_for_cells_of_the_grid(encoding: str, grid: int, cast):
+    config = GeneralistConfig(encoding=encoding, decode=DecodeConfig(grid=grid))
+    largest = torch.finfo(torch.float32).max
+    signs_XHW = (
+        2.0 * torch.randint(0, 2, (config.instance_channels, 5, 6), generator=torch.Generator().manual_seed(0)) - 1
+    )
+    instance_XHW = largest * signs_XHW
+    votes_2HW, _ = cast(instance_XHW, config)
+    assert votes_2HW.min() >= -FIXED // 2
+    assert votes_2HW.max() < FIXED * grid - FIXED // 2
+
+
+@both_paths
+@pytest.mark.parametrize("grid", [1, 20, 80])
+def test_direct_outputs_are_the_votes(grid: int, cast):
+    config = GeneralistConfig(encoding="direct", decode=DecodeConfig(grid=grid))
+    outputs_3HW = torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
+    votes_2HW, inside_HW = cast(outputs_3HW, config)
+    for y in range(9):
+        for x in range(11):
+            u, v, is_instance = outputs_3HW[:, y, x].tolist()
+            assert inside_HW[y, x] == (is_instance > 0.5)
+            for vote, share in zip(votes_2HW[:, y, x].tolist(), (u, v), strict=True):
+                exact = FIXED * (min(max(share, 0), 1) * grid - 0.5)
+                assert abs(vote - min(exact, FIXED * grid - FIXED / 2 - 1)) <= 0.51
+
+
+@both_paths
+@pytest.mark.parametrize(("cells", "grid"), [(80, 80), (20, 80), (80, 20), (7, 5), (1, 3), (5, 1)])
+def test_the_best_classes_of_both_axes_are_the_votes(cells: int, grid: int, cast):
+    config = GeneralistConfig(encoding="classes", cells=cells, decode=DecodeConfig(grid=grid))
+    logits_KHW = torch.randn(2 * (cells + 1), 9, 11, generator=torch.Generator().manual_seed(0))
+    votes_2HW, inside_HW = cast(logits_KHW, config)
+    for y in range(9):
+        for x in range(11):
+            u_K, v_K = logits_KHW[:, y, x].double().split(cells + 1)
+            assert inside_HW[y, x] == (max(u_K[:-1]) + max(v_K[:-1]) > u_K[-1] + v_K[-1])
+            for vote, axis_K in zip(votes_2HW[:, y, x].tolist(), (u_K, v_K), strict=True):
+                share = (int(axis_K[:-1].argmax()) + 0.5) / cells
+                assert abs(vote - FIXED * (share * grid - 0.5)) <= 0.5
+
+
+@pytest.mark.parametrize("encoding", ["embedding", "direct", "classes"])
+def test_without_void_in_training_the_semantic_head_says_where_instances_are(encoding: str):
+    config = GeneralistConfig(encoding=encoding, cells=8, void_kept=False, decode=DecodeConfig(min_area=0))
+    instance_BXHW = torch.randn(2, config.instance_channels, 6, 8, generator=torch.Generator().manual_seed(0))
+    classes_BHW = torch.full((2, 6, 8), SKY)
+    classes_BHW[1, 2:4] = BOX
+    for path in (decode_on_host, decode_on_device):
+        empty, found = path(logits_of(classes_BHW), instance_BXHW, [(6, 8)] * 2, CATEGORIES, config)
+        assert [s.category for s in empty.segments] == [SKY]
+        assert np.array_equal(np.isin(found.ids, [s.id for s in found.segments if s.is_thing]), classes_BHW[1] == BOX)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (5, 40, 60), (2, 64, 64)])
+def test_the_best_class_is_the_first_of_the_largest(shape: tuple[int, int, int]):
+    logits_CHW = np.random.default_rng(0).integers(0, 3, shape).astype(np.float32)
+    assert np.array_equal(best_classes(logits_CHW), logits_CHW.argmax(0))
 
 
 def votes_for(*regions: tuple[np.ndarray, tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Votes and mask in which each region votes for its cell x, y."""
-    votes_HW2, inside_HW = np.zeros((*SIZE, 2), np.float32), np.zeros(SIZE, bool)
-    for mask_HW, cell in regions:
-        votes_HW2[mask_HW], inside_HW[mask_HW] = cell, True
-    return votes_HW2, inside_HW
+    """Votes and mask in which each region votes for its place x, y in cells."""
+    votes_2HW, inside_HW = np.zeros((2, *SIZE), np.int32), np.zeros(SIZE, bool)
+    for mask_HW, place in regions:
+        votes_2HW[:, mask_HW], inside_HW[mask_HW] = np.round(np.multiply(place, FIXED))[:, None], True
+    return votes_2HW, inside_HW
 
 
 def mask(ys: slice, xs: slice) -> np.ndarray:
@@ -113,9 +260,9 @@ def test_instances_with_centroids_in_adjacent_cells_stay_apart(reach: float):
 def test_an_object_whose_votes_scatter_within_reach_stays_one(seed: int):
     config = DecodeConfig(grid=40, reach=6.0)
     body = mask(np.s_[2:10], np.s_[4:16])
-    votes_HW2, inside_HW = votes_for((body, centroid_cell(body, 40)))
-    votes_HW2 += np.random.default_rng(seed).uniform(-2, 2, votes_HW2.shape).astype(np.float32)
-    found_HW = group_votes(votes_HW2, inside_HW, config)
+    votes_2HW, inside_HW = votes_for((body, centroid_cell(body, 40)))
+    votes_2HW += np.random.default_rng(seed).integers(-2 * FIXED, 2 * FIXED, votes_2HW.shape, np.int32)
+    found_HW = group_votes(votes_2HW, inside_HW, config)
     assert np.array_equal(found_HW, np.where(body, 0, NO_INSTANCE))
 
 
@@ -148,10 +295,10 @@ def test_an_instance_under_the_least_area_is_given_back():
 )
 def test_instances_are_numbered_regions_of_the_mask(seed, size, grid, reach, split, min_area):
     rng = np.random.default_rng(seed)
-    votes_HW2 = rng.uniform(-1, grid, (*size, 2)).astype(np.float32)
+    votes_2HW = rng.integers(-FIXED // 2, FIXED * grid - FIXED // 2, (2, *size), np.int32)
     inside_HW = rng.random(size) < rng.random()
     config = DecodeConfig(grid=grid, reach=reach, split=split, min_area=min_area)
-    found_HW = group_votes(votes_HW2, inside_HW, config)
+    found_HW = group_votes(votes_2HW, inside_HW, config)
     labelled_HW = found_HW != NO_INSTANCE
     assert found_HW.dtype == np.int32
     assert not (labelled_HW & ~inside_HW).any()
@@ -161,11 +308,11 @@ def test_instances_are_numbered_regions_of_the_mask(seed, size, grid, reach, spl
     if min_area == 0:
         assert np.array_equal(labelled_HW, inside_HW)
     np.random.seed(seed % 1000)  # no global state may matter
-    assert np.array_equal(group_votes(votes_HW2.copy(), inside_HW.copy(), config), found_HW)
+    assert np.array_equal(group_votes(votes_2HW.copy(), inside_HW.copy(), config), found_HW)
 
 
 def put_together(instances, classes, size=None, **options) -> PanopticMap:
-    instances_HW, classes_HW = np.array(instances, np.int32), np.array(classes, np.int64)
+    instances_HW, classes_HW = np.array(instances, np.int32), np.array(classes, np.int32)
     return assemble(instances_HW, classes_HW, size or instances_HW.shape, CATEGORIES, DecodeConfig(**options))
 
 
@@ -217,3 +364,175 @@ def test_the_table_says_what_the_pixels_say(seed, size, wanted, least):
     stuff = [s.category for s in found.segments if not s.is_thing]
     assert len(stuff) == len(set(stuff))
     assert all(CATEGORIES.is_thing[s.category] == s.is_thing for s in found.segments)
+
+
+def reference_map(instances_HW, classes_HW, labels: LabelTable) -> list[list[tuple]]:
+    """By pixel: the instance and its category, the stuff category, or void."""
+    result = [[()] * instances_HW.shape[1] for _ in instances_HW]
+    for y, x in np.ndindex(instances_HW.shape):
+        members = classes_HW[instances_HW == instances_HW[y, x]].tolist()
+        things = [c for c in members if labels.is_thing[c]]
+        if instances_HW[y, x] != NO_INSTANCE and things:
+            result[y][x] = ("thing", instances_HW[y, x], max(sorted(set(things)), key=things.count))
+        elif instances_HW[y, x] == NO_INSTANCE and not labels.is_thing[classes_HW[y, x]]:
+            result[y][x] = ("stuff", classes_HW[y, x])
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def test_pixels_are_their_instances_or_else_their_stuff(seed, size):
+    rng = np.random.default_rng(seed)
+    instances_HW = np.unique(rng.integers(-1, 4, size), return_inverse=True)[1].reshape(size) - 1
+    classes_HW = rng.integers(0, len(CATEGORIES), size)
+    found = put_together(instances_HW, classes_HW)
+    category = {s.id: s.category for s in found.segments}
+    expected = reference_map(instances_HW, classes_HW, CATEGORIES)
+    names: dict[int, tuple] = {}
+    for y, x in np.ndindex(size):
+        name, label = expected[y][x], int(found.ids[y, x])
+        assert (label == 0) == (name == ())
+        assert names.setdefault(label, name) == name
+        assert label == 0 or category[label] == name[-1]
+    assert len(set(names.values())) == len(names)
+
+
+def same_maps(ones: list[PanopticMap], others: list[PanopticMap]) -> bool:
+    pairs = zip(ones, others, strict=True)
+    return all(np.array_equal(one.ids, other.ids) and one.segments == other.segments for one, other in pairs)
+
+
+def logits_of(classes_BHW: torch.Tensor, categories: int = len(CATEGORIES)) -> torch.Tensor:
+    return torch.nn.functional.one_hot(classes_BHW, categories).permute(0, 3, 1, 2).float()
+
+
+def drawn(kind: str, images: int, grid: int) -> tuple[torch.Tensor, torch.Tensor, GeneralistConfig]:
+    """Logits and embeddings of a batch 24 x 30, of which codes lie in the middle of cells."""
+    config = config_of(4, True, grid)
+    generator = torch.Generator().manual_seed(images)
+    logits_BCHW = torch.randn(images, len(CATEGORIES), 24, 30, generator=generator)
+    quarters_BHW = torch.arange(24)[:, None] // 12 * 2 + torch.arange(30) // 15 + torch.zeros(images, 1, 1).long()
+    cells_BN2 = torch.randint(0, grid, (images, 4, 2), generator=generator)
+    codes_BNE = embed_xy((2 * cells_BN2.double() + 1) / grid - 1, omegas(config)).float()
+    codes_BNE[:, 0] = 0
+    embedding_BHWE = torch.stack(
+        [codes_NE[quarters_HW] for codes_NE, quarters_HW in zip(codes_BNE, quarters_BHW, strict=True)]
+    )
+    noise_BHWE = torch.randn(embedding_BHWE.shape, generator=generator)
+    if kind == "one pixel":
+        embedding_BHWE[:, 1:], embedding_BHWE[:, :, :-1] = 0, 0
+    embedding_BHWE *= kind in ("ideal", "one pixel", "noisy")
+    embedding_BHWE += {"noisy": 0.3, "random": 1.0}.get(kind, 0.0) * noise_BHWE
+    return logits_BCHW, embedding_BHWE.permute(0, 3, 1, 2), config
+
+
+def sizes_of(images: int) -> list[tuple[int, int]]:
+    return [[(24, 30), (48, 60), (7, 91), (1, 1)][b % 4] for b in range(images)]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("grid", [1, 2, 20, 40, 80, 160])
+@pytest.mark.parametrize("kind", ["ideal", "zero", "one pixel"])
+def test_both_paths_give_the_same_maps(kind: str, grid: int, images: int, half: bool):
+    """Whole, on codes in the middle of cells: no vote lies where float32 could round it either way."""
+    logits_BCHW, embedding_BEHW, config = drawn(kind, images, grid)
+    if half:
+        logits_BCHW, embedding_BEHW = logits_BCHW.bfloat16(), embedding_BEHW.bfloat16()
+    arguments = logits_BCHW, embedding_BEHW, sizes_of(images), CATEGORIES, config
+    ones = decode(*arguments)
+    assert [one.size for one in ones] == sizes_of(images)
+    assert same_maps(ones, decode_on_device(*arguments))
+
+
+@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("grid", [1, 2, 20, 40, 80, 160])
+@pytest.mark.parametrize("kind", ["noisy", "random"])
+def test_both_paths_give_the_same_maps_of_the_same_votes(kind: str, grid: int, images: int, monkeypatch):
+    """All that comes after the votes, which may differ by 1 where they lie between two integers."""
+    logits_BCHW, embedding_BEHW, config = drawn(kind, images, grid)
+    config = replace(config, decode=replace(config.decode, min_area=0.002, min_stuff_area=0.05))
+    votes = [on_host(embedding_EHW, config) for embedding_EHW in embedding_BEHW]
+    monkeypatch.setattr(decoding, "cast_votes", lambda *_: [torch.stack(parts) for parts in zip(*votes, strict=True)])
+    arguments = logits_BCHW, embedding_BEHW, sizes_of(images), CATEGORIES, config
+    assert same_maps(decode_on_host(*arguments), decode_on_device(*arguments))
+
+
+@pytest.mark.parametrize("grid", [1, 7, 80])
+def test_sums_of_cells_are_exact_on_both_paths(grid: int):
+    rng = np.random.default_rng(0)
+    votes_B2HW = rng.integers(-FIXED // 2, FIXED * grid - FIXED // 2, (3, 2, 9, 14), np.int32)
+    inside_BHW = rng.random((3, 9, 14)) < [[[0.0]], [[0.5]], [[1.0]]]
+    expected_BG6 = np.zeros((3, grid * grid, 6), np.int64)
+    for b, y, x in np.argwhere(inside_BHW):
+        u, v = (int(vote) for vote in votes_B2HW[b, :, y, x])
+        cell = int(np.floor(v / FIXED + 0.5)) * grid + int(np.floor(u / FIXED + 0.5))
+        expected_BG6[b, cell] += [1, u, v, u * u + v * v, x, y]
+    for b in range(3):
+        assert np.array_equal(sum_cells(votes_B2HW[b], inside_BHW[b], grid), expected_BG6[b])
+    votes, inside = torch.from_numpy(votes_B2HW), torch.from_numpy(inside_BHW)
+    assert np.array_equal(sum_cells_on_device(votes, inside, cells_of(votes, grid), grid), expected_BG6)
+
+
+def test_the_torch_path_is_the_same_in_pieces(monkeypatch):
+    _, embedding_BEHW, config = drawn("random", 3, 80)
+    whole = cast_votes(embedding_BEHW, config)
+    monkeypatch.setattr("training.methods.generalist.votes._CHUNK_BYTES", 80 * 4 * 3 * 100)
+    pieces = cast_votes(embedding_BEHW, config)
+    assert ((whole[0] - pieces[0]).abs() <= 1).all()
+    assert torch.equal(whole[1], pieces[1])
+
+
+def test_the_votes_need_float32_whatever_is_switched_on():
+    """Autocast and reduced precision around the decoding change nothing, and are as they were afterwards."""
+    _, embedding_BEHW, config = drawn("random", 1, 80)
+    plain = cast_votes(embedding_BEHW, config)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            within = cast_votes(embedding_BEHW, config)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(one, other) for one, other in zip(plain, within, strict=True))
+
+
+def test_more_segments_than_int16_has_room_for():
+    labels, things = table(2, 1), np.arange(200 * 200, dtype=np.int32).reshape(200, 200)
+    one = assemble(things, np.zeros((200, 200), np.int32), (200, 200), labels, DecodeConfig())
+    tensors = torch.from_numpy(things)[None], torch.zeros(1, 200, 200, dtype=torch.int64)
+    assert len(one.segments) == 40_000
+    assert same_maps([one], assemble_on_device(*tensors, [(200, 200)], labels, DecodeConfig()))
+
+
+def test_more_segments_than_uint16_has_room_for_are_refused():
+    things = np.arange(256 * 257, dtype=np.int32).reshape(256, 257)
+    with pytest.raises(TesseraError, match="65792 segments"):
+        assemble(things, np.zeros(things.shape, np.int32), things.shape, table(1, 1), DecodeConfig())
+
+
+@pytest.mark.parametrize("path", [decode_on_host, decode_on_device])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_outputs_that_are_not_finite_are_refused_by_their_place(which: int, value: float, path):
+    *outputs, config = drawn("ideal", 5, 20)
+    outputs[which][3, -1, 2, 5] = value
+    with pytest.raises(TesseraError, match="decode: image 3 of the batch: the network's output is not finite"):
+        path(*outputs, [(24, 30)] * 5, CATEGORIES, config)
+
+
+def test_no_image_is_no_map():
+    config = GeneralistConfig()
+    assert decode(torch.zeros(0, 5, 8, 8), torch.zeros(0, 16, 8, 8), [], CATEGORIES, config) == []
+
+
+@pytest.mark.parametrize("encoding", ["embedding", "direct", "classes"])
+def test_the_picture_of_centroids_is_black_outside(encoding: str):
+    config = GeneralistConfig(encoding=encoding)
+    instance_XHW = torch.randn(config.instance_channels, 6, 8, generator=torch.Generator().manual_seed(0))
+    votes_2HW, inside_HW = cast_votes_on_host(instance_XHW, config)
+    picture_HW3 = centroid_picture(instance_XHW, config)
+    assert picture_HW3.dtype == np.uint8
+    assert np.array_equal(picture_HW3.any(-1), inside_HW)
+    share_2HW = (votes_2HW / FIXED + 0.5) / config.decode.grid
+    assert np.allclose(picture_HW3[..., :2], np.moveaxis(255 * share_2HW * inside_HW, 0, -1), atol=1)

@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from infra.errors import TesseraError
 from tests.support.examples import table
-from training.recipe import Recipe
+from training.methods.generalist.config import GeneralistConfig
+from training.recipe import Recipe, TrainConfig
 from training.recipes import RECIPES, debug, demo, recipe
 
 ALL = pytest.mark.parametrize("name", RECIPES)
@@ -58,6 +60,9 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
             yield (*path, field.name)
 
 
+NEIGHBOURS = {"alternate": "joint", "joint": "alternate", "task": "panoptic", "embedding": "direct"}
+
+
 def another(value: Any) -> Any:
     """A value of the same type that a config may well accept."""
     match value:
@@ -67,8 +72,8 @@ def another(value: Any) -> Any:
             return value + 1
         case float():
             return 0.75 * value or 0.25
-        case "alternate" | "joint":
-            return {"alternate": "joint", "joint": "alternate"}[value]
+        case str() if value in NEIGHBOURS:
+            return NEIGHBOURS[value]
         case str():
             return f"{value} too"
         case tuple():
@@ -82,7 +87,9 @@ def changed(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def options(base: Recipe) -> list:
-    return [pytest.param(base, path, id=f"{base.name}-{'.'.join(path)}") for path in leaves(base)]
+    """But for weights, whose value is what the file holds, and what the other options of this recipe exclude."""
+    refused = {"weights", *(("encoding",) if base.method.relative else ())}
+    return [pytest.param(base, p, id=f"{base.name}-{'.'.join(p)}") for p in leaves(base) if p[-1] not in refused]
 
 
 @pytest.mark.parametrize(("base", "path"), options(debug()) + options(demo()))
@@ -96,12 +103,65 @@ def test_a_runs_path_depends_on_the_train_set_and_only_on_values():
     assert debug().run_path("a").startswith("train/")
 
 
-def test_a_recipe_may_last_longer():
-    longer = debug().lasting(7)
-    assert longer.train.epochs == 7
+def test_a_runs_path_depends_on_the_methods_version(monkeypatch: pytest.MonkeyPatch):
+    before = debug().run_path("a")
+    monkeypatch.setattr(GeneralistConfig, "version", debug().method.version + 1)
+    assert debug().run_path("a") != before
+
+
+def with_weights(source: str) -> Recipe:
+    method = debug().method
+    backbone = dataclasses.replace(method.backbone, weights=source)
+    return dataclasses.replace(debug(), method=dataclasses.replace(method, backbone=backbone))
+
+
+def test_a_runs_path_depends_on_what_its_weights_hold_and_not_on_where_they_lie(tmp_path: Path):
+    for name, content in (("a", b"some weights"), ("copy", b"some weights"), ("b", b"other weights")):
+        (tmp_path / name).write_bytes(content)
+    a, copy, b = (with_weights(str(tmp_path / name)).run_path("set") for name in ("a", "copy", "b"))
+    assert a == copy
+    assert len({a, b, debug().run_path("set")}) == 3
+
+
+def test_a_run_whose_weights_are_missing_has_no_path(tmp_path: Path):
+    with pytest.raises(TesseraError, match="nowhere"):
+        with_weights(f"{tmp_path}/nowhere.pth").run_path("set")
+
+
+def test_a_recipe_may_last_longer_and_its_warm_up_keeps_its_share():
+    longer = debug().lasting(12)
+    assert longer.train.epochs == 12
     assert dataclasses.replace(longer, train=debug().train) == debug()
     assert longer.run_path("a") != debug().run_path("a")
+    for epochs in (0.01, 3, 1000):
+        train = debug().lasting(epochs).train
+        assert train.warmup_epochs / train.epochs == pytest.approx(0.1 / 6)
+        assert dataclasses.replace(train, epochs=6, warmup_epochs=0.1) == debug().train
 
 
 def test_evaluation_shards_keep_the_images_sizes():
     assert demo().val_shards == dataclasses.replace(demo().shards, grid=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"batch": 0}, "positive"),
+        ({"micro_batch": 0}, "positive"),
+        ({"checkpoints": 0}, "positive"),
+        ({"epochs": 0.0}, "positive"),
+        ({"lr": -1.0}, "positive"),
+        ({"warmup_epochs": 2.0}, "2.0 warm-up epochs in 2"),
+        ({"warmup_epochs": -0.1}, "warm-up"),
+        ({"layer_decay": 0.0}, "layer_decay"),
+        ({"layer_decay": 1.1}, "layer_decay"),
+        ({"ema": 1.0}, "ema"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"clip": 0.0}, "clip"),
+        ({"lr": float("nan")}, "lr"),
+    ],
+    ids=str,
+)
+def test_train_options_out_of_range_are_refused(change: dict, told: str):
+    with pytest.raises(TesseraError, match=told):
+        TrainConfig(**{"batch": 4, "epochs": 2, "lr": 1e-3, **change})

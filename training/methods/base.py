@@ -2,19 +2,45 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
+from preprocessing.sample import decode_image
+from training.backbones.base import Backbone
+from training.backbones.weights import LoadReport
 from training.batch import Batch
 
 Picture = NDArray[np.uint8]
 """RGB, (H, W, 3)."""
+
+
+Outputs = Any
+"""What a method's network returns: a tensor or a tuple of tensors; only its own decoding looks inside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What a recipe knows of a method's options."""
+
+    version: ClassVar[int] = 1
+    """Part of every run's path: raise it when the same options would train differently."""
+    backbone: Any
+    """A config of training.backbones."""
+    decode: Any
+    """Options of decoding, a frozen dataclass; no part of training."""
+
+    @property
+    def distance_radius(self) -> float:
+        """Pixels up to which the method reads a shard's boundary distances; 0: it does not."""
+        return 0.0
 
 
 class Method(nn.Module, ABC):
@@ -24,7 +50,10 @@ class Method(nn.Module, ABC):
     control flow; decoding stays outside, so the network compiles and exports.
     """
 
-    network: nn.Module
+    network: Any
+    """A module with a `backbone`."""
+    config: Any
+    """The method's own MethodConfig; `config.decode` can be exchanged after training."""
     alternates: bool = False
     """Whether a step may leave some parameters without gradient."""
 
@@ -34,6 +63,11 @@ class Method(nn.Module, ABC):
         self.grid = grid
         """Height, width of the images the network takes."""
 
+    @property
+    def backbone(self) -> Backbone:
+        """The network's encoder."""
+        return self.network.backbone
+
     @abstractmethod
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Weighted float32 scalars by name; their sum is what training minimises.
@@ -42,16 +76,52 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
+    def decode(self, outputs: Outputs, sizes: Sequence[Size]) -> list[PanopticMap]:
+        """What the network said of a batch -> one panoptic map an image, at the given (height, width)."""
+
+    @abstractmethod
+    def views(self, outputs: Outputs) -> list[dict[str, Picture]]:
+        """What the network said before decoding, as pictures by title, a dict an image; for reports."""
+
+    @abstractmethod
+    def ideal(self, batch: Batch) -> Outputs:
+        """What a perfect network would say of a batch; decoding it bounds what the method can reach."""
+
+    def inputs(self, images: Sequence[bytes]) -> Tensor:
+        """Image files -> uint8 (B, 3, H, W) on the grid and on the method's device."""
+        images_BHW3 = torch.from_numpy(np.stack([decode_image(image, self.grid) for image in images]))
+        return images_BHW3.to(next(self.parameters()).device).permute(0, 3, 1, 2).contiguous()
+
+    @torch.inference_mode()
+    def predict(self, images_B3HW: Tensor) -> Outputs:
+        """uint8 images on the grid -> the network's outputs."""
+        return self.network(images_B3HW)
+
     def segment(self, images_B3HW: Tensor, sizes: Sequence[Size]) -> list[PanopticMap]:
         """uint8 images on the grid -> one panoptic map each, at the given (height, width)."""
+        return self.decode(self.predict(images_B3HW), sizes)
 
-    @abstractmethod
-    def views(self, images_B3HW: Tensor) -> list[dict[str, Picture]]:
-        """What the network says before decoding, as pictures by title; for reports."""
+    def load_pretrained(self) -> LoadReport | None:
+        """Published weights into the backbone, where the config names some; see Backbone.load_pretrained."""
+        return self.backbone.load_pretrained()
 
-    @abstractmethod
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups covering every trainable parameter once; each has `lr` and `weight_decay`."""
+    def parameter_groups(self, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups covering every trainable parameter once; each has `lr` and `weight_decay`.
+
+        Layer l of a backbone of depth n learns at lr x layer_decay^(n + 1 - l), everything else at lr.
+        Vectors (biases, norms, tokens) are not decayed.
+        """
+        layers = {id(p): self.backbone.layer_of(name) for name, p in self.backbone.named_parameters()}
+        top = self.backbone.depth + 1
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                key = (layers.get(id(parameter), top), parameter.squeeze().ndim > 1)
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": found, "lr": lr * layer_decay ** (top - layer), "weight_decay": weight_decay * matrix}
+            for (layer, matrix), found in sorted(groups.items())
+        ]
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The same as `losses`: DistributedDataParallel synchronises gradients of `forward` only."""

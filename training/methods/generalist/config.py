@@ -1,10 +1,11 @@
 """Options of the generalist method; every default is the paper's (G), or says whose it is."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from infra.errors import TesseraError
-from training.backbones import BackboneConfig, VitConfig
+from training.backbones import AnyBackboneConfig, VitConfig
+from training.methods.base import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +23,31 @@ class DecodeConfig:
     """Share of the grid's pixels under which an instance is dropped."""
     min_stuff_area: float = 0.0
     """Share of the image's pixels under which a stuff segment becomes void (Painter: 8192 px)."""
+    candidates: ClassVar[dict[str, tuple[float, ...]]] = {
+        "min_stuff_area": (0.0, 0.002, 0.005, 0.01, 0.02),
+        "min_area": (0.0, 1e-4, 5e-4, 2e-3, 5e-3),
+        "reach": (1.5, 2.5, 4.0, 6.0, 9.0, 12.0, 16.0),
+        "split": (0.0, 0.1, 0.25, 0.5),
+    }
+    """What evaluation.tune tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneralistConfig:
+class GeneralistConfig(MethodConfig):
     """One resolved set of options."""
 
-    backbone: BackboneConfig = field(default_factory=VitConfig)
+    backbone: AnyBackboneConfig = field(default_factory=VitConfig)
     decoder_widths: tuple[int, int, int, int, int] = (256, 256, 256, 256, 256)
     """Channels before the first and after each of the four transposed convolutions. G gives only totals;
     these reach them: 91.9M (Base), 310M (Large)."""
+    encoding: Literal["embedding", "direct", "classes"] = "embedding"
+    """What the instance head says of the centroid (u, v): its positional embedding, 4 L channels; u, v in [0, 1] and
+    1 for "is instance", 3 channels; or one of `cells` classes for each axis and one for void, 2 (cells + 1) channels
+    (G compares with 80 + 80; the void class is ours)."""
     frequencies: int = 4
-    """L: the embedding has 4 L channels."""
+    """L, of the positional embedding."""
+    cells: int = 80
+    """Classes per axis, of the encoding by classes."""
     half_period: bool = False
     """Ours: base frequency pi/2, so that the two borders of the image have different codes."""
     relative: bool = False
@@ -44,6 +58,11 @@ class GeneralistConfig:
     """D of Edge Distance Sampling in pixels of the grid (20 at 420 x 420); 0 switches EDS off."""
     eds_min: float = 0.0
     """w_min."""
+    boundaries: Literal["task", "panoptic"] = "task"
+    """Edges that EDS measures from: those of each task's own map (G), or all edges of the panoptic map."""
+    void_kept: bool = True
+    """Whether pixels without instance, stuff included, take part in the instance task's losses. Left out, the
+    semantic head alone says where instances are."""
     total_variation: float = 0.1
     """Weight, both tasks."""
     dice: float = 1.0
@@ -53,12 +72,23 @@ class GeneralistConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        if self.frequencies < 1:
-            raise TesseraError(f"generalist: frequencies {self.frequencies} must be at least 1")
+        if self.frequencies < 1 or self.cells < 1:
+            raise TesseraError(f"generalist: frequencies {self.frequencies} and cells {self.cells} must be at least 1")
+        if self.encoding != "embedding" and (self.relative or self.half_period):
+            raise TesseraError(f"generalist: relative and half_period are for embeddings, not for {self.encoding!r}")
+        if self.encoding == "classes" and self.squared:
+            raise TesseraError("generalist: classes have no distance that could be squared")
+        if not (self.dice >= 0 and self.total_variation >= 0):
+            raise TesseraError(f"generalist: dice {self.dice} and total_variation {self.total_variation} are weights")
         if not 0 <= self.eds_min <= 1 or self.eds_distance < 0:
             raise TesseraError(f"generalist: eds_min {self.eds_min} and eds_distance {self.eds_distance}")
 
     @property
-    def eds_radius(self) -> float:
-        """Distances beyond this many pixels weigh nothing that 8 bits could show."""
+    def instance_channels(self) -> int:
+        """Channels of the instance head."""
+        return {"embedding": 4 * self.frequencies, "direct": 3, "classes": 2 * (self.cells + 1)}[self.encoding]
+
+    @property
+    def distance_radius(self) -> float:
+        """See MethodConfig. Beyond it nothing weighs what 8 bits could show."""
         return 2.5 * self.eds_distance

@@ -1,10 +1,12 @@
-"""From embeddings and classes to a panoptic map: nearest grid codes, votes, a majority of classes.
+"""From embeddings and classes to panoptic maps: nearest grid codes, votes, a majority of classes.
 
-G: nearest neighbour on an 80 x 80 grid of candidate centroids, non-maximum suppression, majority vote of
-the semantic head inside each instance, stuff from the semantic head. How votes become instances is ours.
+G: nearest neighbour on an 80 x 80 grid of candidate centroids, non-maximum suppression, majority vote of the semantic
+head inside each instance, stuff from the semantic head. How votes become instances is ours. Two paths do the same,
+to the bit once votes are cast: Numba on the CPU, image by image, and torch on any other device, batch by batch.
 """
 
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,151 +14,150 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from infra.errors import TesseraError
 from preprocessing.geometry import Size, resize_labels
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
-from training.methods.generalist.targets import embed, omegas
-
-NO_INSTANCE = -1
-_CHUNK = 1 << 14
-"""Pixels per matrix product: its (pixels, grid) scores stay in the cache."""
+from training.methods.generalist.votes import (
+    FIXED,
+    NO_INSTANCE,
+    best_classes,
+    cast_votes,
+    cast_votes_on_host,
+    cells_of,
+    spread,
+    sum_cells,
+    sum_cells_on_device,
+)
 
 
 def decode(
-    classes_HW: Tensor, embedding_EHW: Tensor, size: Size, labels: LabelTable, config: GeneralistConfig
-) -> PanopticMap:
-    """One image.
+    logits_BCHW: Tensor,
+    instance_BXHW: Tensor,
+    sizes: Sequence[Size],
+    labels: LabelTable,
+    config: GeneralistConfig,
+) -> list[PanopticMap]:
+    """A batch of network outputs on any device, float32 or bf16 -> panoptic maps on the host.
 
-    classes_HW: contiguous ids of the semantic head. embedding_EHW: (4 L, H, W). size: height, width of the
-    result, reached by nearest-neighbour resizing of the decoded map.
+    logits: of the semantic head, by contiguous id. instance: of the instance head (votes.cast_votes). sizes: height,
+    width of each result, reached by nearest-neighbour resizing of the decoded map. Raises TesseraError naming the
+    place in the batch of an output that is not finite.
     """
-    votes_HW2, inside_HW = nearest_codes(embedding_EHW, config)
-    instances_HW = group_votes(votes_HW2.numpy(), inside_HW.numpy(), config.decode)
-    return assemble(instances_HW, classes_HW.cpu().numpy(), size, labels, config.decode)
+    if not sizes:
+        return []
+    path = decode_on_host if instance_BXHW.device.type == "cpu" else decode_on_device
+    return path(logits_BCHW, instance_BXHW, sizes, labels, config)
 
 
-def nearest_codes(embedding_EHW: Tensor, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
-    """Nearest code of every pixel on the grid of centroids, exactly.
-
-    All codes have the squared norm 2 L, so the nearest one has the largest dot product, which separates
-    into one search over u and one over v; the zero vector is nearer than every code exactly when the two
-    best products sum to less than L. Returns, on the CPU, the votes x, y in cells (float32 (H, W, 2); the
-    nearest cell's centre is the rounded value, the rest is a parabola through its neighbours) and the mask
-    of pixels that are nearer to a code than to zero (bool (H, W)).
-    """
-    codes_GD = _codes(config.decode.grid, tuple(omegas(config))).to(embedding_EHW.device)
-    best_2P, cell_2P = [], []
-    with torch.autocast(embedding_EHW.device.type, enabled=False):  # bf16 cannot tell neighbouring codes apart
-        for half_DP in embedding_EHW.float().flatten(1).chunk(2):
-            found = [_nearest(chunk_DP, codes_GD) for chunk_DP in half_DP.split(_CHUNK, 1)]
-            best_2P.append(torch.cat([best for best, _ in found]))
-            cell_2P.append(torch.cat([cell for _, cell in found]))
-    inside_P = best_2P[0] + best_2P[1] >= config.frequencies
-    shape = embedding_EHW.shape[1:]
-    return torch.stack(cell_2P, -1).reshape(*shape, 2).cpu(), inside_P.reshape(shape).cpu()
+def decode_on_host(
+    logits_BCHW: Tensor, instance_BXHW: Tensor, sizes: Sequence[Size], labels: LabelTable, config: GeneralistConfig
+) -> list[PanopticMap]:
+    """See decode. Tensors on the CPU."""
+    _refuse_infinite(logits_BCHW, instance_BXHW)
+    maps = []
+    for logits_CHW, instance_XHW, size in zip(logits_BCHW, instance_BXHW, sizes, strict=True):
+        classes_HW = best_classes(logits_CHW.float().contiguous().numpy())
+        votes_2HW, inside_HW = cast_votes_on_host(instance_XHW, config)
+        if not config.void_kept:
+            inside_HW = labels.is_thing[classes_HW]
+        instances_HW = group_votes(votes_2HW, inside_HW, config.decode)
+        maps.append(assemble(instances_HW, classes_HW, size, labels, config.decode))
+    return maps
 
 
-@lru_cache(maxsize=8)
-def _codes(grid: int, frequencies: tuple[float, ...]) -> Tensor:
-    """(grid, 2 L): codes of the cell centres (i + 0.5) / grid, which keep -1 and 1 apart."""
-    centres_G = (2 * torch.arange(grid, dtype=torch.float64) + 1) / grid - 1
-    return embed(centres_G, list(frequencies)).float()
+def decode_on_device(
+    logits_BCHW: Tensor, instance_BXHW: Tensor, sizes: Sequence[Size], labels: LabelTable, config: GeneralistConfig
+) -> list[PanopticMap]:
+    """See decode. Tensors on any device; the host waits for it a fixed number of times a batch."""
+    _refuse_infinite(logits_BCHW, instance_BXHW)
+    classes_BHW = logits_BCHW.argmax(1)
+    votes_B2HW, inside_BHW = cast_votes(instance_BXHW, config)
+    if not config.void_kept:
+        inside_BHW = torch.from_numpy(labels.is_thing).to(classes_BHW.device)[classes_BHW]
+    cells_BHW = cells_of(votes_B2HW, config.decode.grid)
+    sums_BG6 = sum_cells_on_device(votes_B2HW, inside_BHW, cells_BHW, config.decode.grid).cpu().numpy()
+    groups = [group_cells(sums_G6, (inside_BHW.shape[1], inside_BHW.shape[2]), config.decode) for sums_G6 in sums_BG6]
+    group_BG = torch.from_numpy(np.stack(groups)).to(cells_BHW.device)
+    instances_BP = group_BG.gather(1, cells_BHW.flatten(1)).where(inside_BHW.flatten(1), NO_INSTANCE)
+    return assemble_on_device(instances_BP.view_as(classes_BHW), classes_BHW, sizes, labels, config.decode)
 
 
-def _nearest(values_DP: Tensor, codes_GD: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest dot product of each column with a code, and its cell, refined between cells."""
-    scores_GP = codes_GD @ values_DP
-    best_P, cell_P = scores_GP.max(0)
-    if len(codes_GD) < 3:  # no cell has two neighbours
-        return best_P, cell_P.float()
-    inner_P = cell_P.clamp(1, len(codes_GD) - 2)
-    around_3P = torch.stack([inner_P - 1, inner_P, inner_P + 1])
-    before_P, at_P, after_P = scores_GP.gather(0, around_3P)
-    bend_P = (before_P - 2 * at_P + after_P).clamp(max=-1e-12)
-    offset_P = ((before_P - after_P) / (2 * bend_P)).clamp(-0.5, 0.5)
-    return best_P, cell_P + torch.where(inner_P == cell_P, offset_P, 0)
+def _refuse_infinite(*outputs: Tensor) -> None:
+    """Two extremes an image and output: NaN and infinities are among them, and one copy tells."""
+    for_image = zip(*outputs, strict=True)
+    extremes = [torch.stack([end.float() for x_XHW in image for end in x_XHW.aminmax()]) for image in for_image]
+    for index, finite in enumerate(torch.stack(extremes).isfinite().all(1).tolist()):
+        if not finite:
+            raise TesseraError(f"decode: image {index} of the batch: the network's output is not finite")
 
 
-def group_votes(
-    votes_HW2: NDArray[np.float32], inside_HW: NDArray[np.bool_], config: DecodeConfig
-) -> NDArray[np.int32]:
-    """Votes -> instance of every pixel, int32 (H, W), 0.. or NO_INSTANCE.
-
-    A cell of the grid is the unit. Cells are taken by falling number of votes around them; a cell within
-    `reach` of a group's first cell joins the nearest such group, and starts one of its own otherwise. It
-    also starts one when, apart, both groups of pixels explain their votes far better: every pixel votes for
-    the centroid of the instance it belongs to, so the summed squared distance between votes and the
-    centroid of the voters is nearly 0 for a true instance. This keeps neighbours apart that no smoothing
-    could, and leaves scattered votes of one object together.
-    """
+def group_votes(votes_2HW: NDArray[np.int32], inside_HW: NDArray[np.bool_], config: DecodeConfig) -> NDArray[np.int32]:
+    """Votes of one image -> instance of every pixel, int32 (H, W), 0.. or NO_INSTANCE."""
     height, width = inside_HW.shape
-    scale_2 = np.array([config.grid / width, config.grid / height])
-    cells_HW, sums_G6 = _sum_cells(votes_HW2, inside_HW, config.grid, scale_2)
-    counts_GG = sums_G6[:, 0].reshape(config.grid, config.grid)
-    padded = np.pad(counts_GG, 1)
-    shifts = [padded[y : y + config.grid, x : x + config.grid] for y in range(3) for x in range(3)]
-    around_GG = np.sum(shifts, axis=0)
-    occupied = np.flatnonzero(counts_GG)
-    order = occupied[np.lexsort((occupied, -counts_GG.ravel()[occupied], -around_GG.ravel()[occupied]))]
-    group_G = _group_cells(order, sums_G6, config.grid, config.reach, config.split)
-    instances_HW = np.where(inside_HW, group_G[cells_HW], NO_INSTANCE)
-    return _drop_small(instances_HW, config.min_area * height * width)
+    group_G = group_cells(sum_cells(votes_2HW, inside_HW, config.grid), (height, width), config)
+    return spread(votes_2HW, inside_HW, group_G, config.grid)
 
 
-@njit(cache=True, nogil=True)
-def _sum_cells(
-    votes_HW2: NDArray[np.float32], inside_HW: NDArray[np.bool_], grid: int, scale_2: NDArray[np.float64]
-) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Cell of every pixel, and per cell: voters, sum of votes x, y, of their squares, of voters' x, y.
+def group_cells(sums_G6: NDArray[np.int64], size: Size, config: DecodeConfig) -> NDArray[np.int32]:
+    """Sums of `sum_cells` -> instance of each cell, int32 (grid * grid,), 0.. or NO_INSTANCE. size: H, W of the votes.
 
-    All in cells: pixel x lies at (x + 0.5) scale - 0.5.
+    Cells are taken by falling number of votes around them; a cell within `reach` of a group's first cell joins the
+    nearest such group, and starts one of its own otherwise. It also starts one when, apart, both groups of pixels
+    explain their votes far better: every pixel votes for the centroid of the instance it belongs to, so the summed
+    squared distance between votes and the centroid of the voters is nearly 0 for a true instance. This keeps
+    neighbours apart that no smoothing could, and leaves scattered votes of one object together. Groups under the
+    least area are given back.
     """
-    height, width = inside_HW.shape
-    cells_HW = np.zeros((height, width), np.int32)
-    sums_G6 = np.zeros((grid * grid, 6))
-    for y in range(height):
-        for x in range(width):
-            if not inside_HW[y, x]:
-                continue
-            u, v = float(votes_HW2[y, x, 0]), float(votes_HW2[y, x, 1])
-            cell = min(max(round(v), 0), grid - 1) * grid + min(max(round(u), 0), grid - 1)
-            cells_HW[y, x] = cell
-            sums_G6[cell, 0] += 1
-            sums_G6[cell, 1] += u
-            sums_G6[cell, 2] += v
-            sums_G6[cell, 3] += u * u + v * v
-            sums_G6[cell, 4] += (x + 0.5) * scale_2[0] - 0.5
-            sums_G6[cell, 5] += (y + 0.5) * scale_2[1] - 0.5
-    return cells_HW, sums_G6
+    grid, counts_G = config.grid, sums_G6[:, 0]
+    padded = np.pad(counts_G.reshape(grid, grid), 1)
+    columns = padded[:-2] + padded[1:-1] + padded[2:]
+    around_G = (columns[:, :-2] + columns[:, 1:-1] + columns[:, 2:]).ravel()
+    occupied_K = np.flatnonzero(counts_G)
+    occupied_K = occupied_K[np.lexsort((occupied_K, -counts_G[occupied_K], -around_G[occupied_K]))]
+    group_K = _group_cells(occupied_K, _in_cells(sums_G6[occupied_K], size, grid), grid, config.reach, config.split)
+    area_N = np.bincount(group_K, counts_G[occupied_K])
+    kept_N = area_N >= max(1, config.min_area * size[0] * size[1])
+    group_G = np.full(grid * grid, NO_INSTANCE, np.int32)
+    group_G[occupied_K] = np.where(kept_N, np.cumsum(kept_N) - 1, NO_INSTANCE)[group_K]
+    return group_G
+
+
+def _in_cells(sums_K6: NDArray[np.int64], size: Size, grid: int) -> NDArray[np.float64]:
+    """The sums with all lengths in cells: pixel x lies at (x + 0.5) grid / width - 0.5. Integers under 2^53."""
+    scaled_K6 = sums_K6.astype(np.float64)
+    scaled_K6[:, 1:3] /= FIXED
+    scaled_K6[:, 3] /= FIXED**2
+    half_K1 = scaled_K6[:, :1] / 2
+    scaled_K6[:, 4:] = (scaled_K6[:, 4:] + half_K1) * [grid / size[1], grid / size[0]] - half_K1
+    return scaled_K6
 
 
 @njit(cache=True, nogil=True)
 def _group_cells(
-    order: NDArray[np.int64], sums_G6: NDArray[np.float64], grid: int, reach: float, split: float
-) -> NDArray[np.int32]:
-    """Group of each cell, int32 (grid * grid,); see group_votes."""
-    group_G = np.full(grid * grid, NO_INSTANCE, np.int32)
-    peaks = np.empty(order.size, np.int64)
-    groups_N6 = np.empty((order.size, 6))
+    cells_K: NDArray[np.int64], sums_K6: NDArray[np.float64], grid: int, reach: float, split: float
+) -> NDArray[np.int64]:
+    """Group of each cell, taken in their order; int64 (K,). See group_cells."""
+    group_K = np.empty(cells_K.size, np.int64)
+    peaks_N, sums_N6 = np.empty(cells_K.size, np.int64), np.empty((cells_K.size, 6))
     found = 0
-    for cell in order:
+    for k, cell in enumerate(cells_K):
         nearest, nearest_d2 = -1, reach * reach
         for group in range(found):
-            dy, dx = cell // grid - peaks[group] // grid, cell % grid - peaks[group] % grid
+            dy, dx = cell // grid - peaks_N[group] // grid, cell % grid - peaks_N[group] % grid
             if dx * dx + dy * dy <= nearest_d2 and (nearest < 0 or dx * dx + dy * dy < nearest_d2):
                 nearest, nearest_d2 = group, dx * dx + dy * dy
         if nearest >= 0:
-            apart = _error(groups_N6[nearest]) + _error(sums_G6[cell])
-            if apart >= split * _error(groups_N6[nearest] + sums_G6[cell]):
-                groups_N6[nearest] += sums_G6[cell]
-                group_G[cell] = nearest
+            apart = _error(sums_N6[nearest]) + _error(sums_K6[k])
+            if apart >= split * _error(sums_N6[nearest] + sums_K6[k]):
+                sums_N6[nearest] += sums_K6[k]
+                group_K[k] = nearest
                 continue
-        peaks[found] = cell
-        groups_N6[found] = sums_G6[cell]
-        group_G[cell] = found
+        peaks_N[found], sums_N6[found] = cell, sums_K6[k]
+        group_K[k] = found
         found += 1
-    return group_G
+    return group_K
 
 
 @njit(cache=True, nogil=True)
@@ -166,19 +167,9 @@ def _error(sums_6: NDArray[np.float64]) -> float:
     return sums_6[3] - 2 * (sums_6[1] * x + sums_6[2] * y) + count * (x * x + y * y)
 
 
-def _drop_small(instances_HW: NDArray[np.int32], min_area: float) -> NDArray[np.int32]:
-    """Give the pixels of instances under min_area back."""
-    areas = np.bincount(instances_HW.ravel() + 1)
-    areas[0] = 0
-    keep = areas >= max(1, min_area)
-    names = np.full(areas.size, NO_INSTANCE, np.int32)
-    names[keep] = np.arange(keep.sum())
-    return names[instances_HW + 1]
-
-
 def assemble(
     instances_HW: NDArray[np.int32],
-    classes_HW: NDArray[np.int64],
+    classes_HW: NDArray[np.int32],
     size: Size,
     labels: LabelTable,
     config: DecodeConfig,
@@ -187,24 +178,100 @@ def assemble(
 
     Void where the two disagree: thing pixels outside of all instances, instances without a thing pixel.
     """
-    found, is_thing, inside_HW = int(instances_HW.max()) + 1, labels.is_thing, instances_HW >= 0
-    votes_NC = np.zeros((found, len(labels)), np.int64)
-    np.add.at(votes_NC, (instances_HW[inside_HW], classes_HW[inside_HW]), 1)
-    votes_NC[:, ~is_thing] = 0
-    category_N = [int(votes_C.argmax()) for votes_C in votes_NC]
-    label_N = np.where(votes_NC.any(1), np.arange(1, found + 1), 0)
-    dense_HW = np.where(is_thing[classes_HW], 0, found + 1 + classes_HW).astype(np.uint16)
-    dense_HW[inside_HW] = label_N[instances_HW[inside_HW]]
-    segments = [Segment(0, category, True) for category in category_N]
-    segments += [Segment(0, category, bool(is_thing[category])) for category in range(len(labels))]
-    return _tabulate(resize_labels(dense_HW, size), segments, config.min_stuff_area)
+    found = int(instances_HW.max()) + 1
+    category_M = _categories(_count_classes(instances_HW, classes_HW, found, len(labels)), labels)
+    dense_HW = _paint(instances_HW, classes_HW, _labels_of(category_M), found)
+    return _tabulate(resize_labels(dense_HW, size), category_M, labels, config)
 
 
-def _tabulate(dense_HW: NDArray[np.uint16], segments: list[Segment], min_stuff_area: float) -> PanopticMap:
-    """Measure; labels without pixels lose their row, small stuff becomes void."""
+@njit(cache=True, nogil=True)
+def _count_classes(
+    instances_HW: NDArray[np.int32], classes_HW: NDArray[np.int32], found: int, categories: int
+) -> NDArray[np.int64]:
+    """Pixels of each instance and class, and at the end of no instance; int64 (N + 1, C)."""
+    counts_NC = np.zeros((found + 1, categories), np.int64)
+    for y in range(instances_HW.shape[0]):
+        for x in range(instances_HW.shape[1]):
+            counts_NC[instances_HW[y, x], classes_HW[y, x]] += 1  # NO_INSTANCE, -1, is the last row
+    return counts_NC
+
+
+def _categories(counts_NC: NDArray[np.integer[Any]], labels: LabelTable) -> NDArray[np.int64]:
+    """Counts of _count_classes -> category of each slot, or -1 where it stays empty; int64 (N + C,).
+
+    Slots are the instances, then the classes outside of them.
+    """
+    votes_NC = counts_NC[:-1] * labels.is_thing
+    category_N = np.where(votes_NC.any(1), votes_NC.argmax(1), -1)
+    category_C = np.where((counts_NC[-1] > 0) & ~labels.is_thing, np.arange(len(labels)), -1)
+    return np.concatenate([category_N, category_C])
+
+
+def _labels_of(category_M: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The label of each slot: 1, 2, ..., and 0 where it stays empty."""
+    return np.where(category_M >= 0, np.cumsum(category_M >= 0), 0)
+
+
+@njit(cache=True, nogil=True)
+def _paint(
+    instances_HW: NDArray[np.int32], classes_HW: NDArray[np.int32], label_M: NDArray[np.int64], found: int
+) -> NDArray[np.uint16]:
+    """The label of each pixel's slot; uint16 (H, W)."""
+    dense_HW = np.empty(instances_HW.shape, np.uint16)
+    for y in range(instances_HW.shape[0]):
+        for x in range(instances_HW.shape[1]):
+            instance = instances_HW[y, x]
+            dense_HW[y, x] = label_M[found + classes_HW[y, x] if instance == NO_INSTANCE else instance]
+    return dense_HW
+
+
+def assemble_on_device(
+    instances_BHW: Tensor, classes_BHW: Tensor, sizes: Sequence[Size], labels: LabelTable, config: DecodeConfig
+) -> list[PanopticMap]:
+    """assemble of every image, on the tensors' device."""
+    instances_BP, classes_BP = instances_BHW.flatten(1).long(), classes_BHW.flatten(1)
+    found = int(instances_BP.max()) + 1
+    none_BP = instances_BP == NO_INSTANCE
+    pair_BP = instances_BP.where(~none_BP, found) * len(labels) + classes_BP
+    counts_BQ = pair_BP.new_zeros(len(pair_BP), (found + 1) * len(labels))
+    counts_BQ.scatter_add_(1, pair_BP, torch.ones_like(pair_BP))
+    counts_BNC = counts_BQ.unflatten(1, (found + 1, len(labels))).cpu().numpy()
+    category_BM = [_categories(counts_NC, labels) for counts_NC in counts_BNC]
+    label_BM = torch.from_numpy(np.stack([_labels_of(category_M) for category_M in category_BM])).to(pair_BP.device)
+    dense_BP = label_BM.gather(1, torch.where(none_BP, found + classes_BP, instances_BP))
+    resized = _resized_to_host(dense_BP.view_as(classes_BHW), sizes)
+    return [
+        _tabulate(dense_HW, category_M, labels, config)
+        for dense_HW, category_M in zip(resized, category_BM, strict=True)
+    ]
+
+
+def _resized_to_host(dense_BHW: Tensor, sizes: Sequence[Size]) -> list[NDArray[np.uint16]]:
+    """resize_labels of every image on the device, then one copy; the rule itself says which pixels to take."""
+    steps = [
+        resize_labels(np.arange(old)[:, None], (new, 1))[:, 0]
+        for size in sizes
+        for old, new in zip(dense_BHW.shape[1:], size, strict=True)
+    ]
+    on_device = torch.from_numpy(np.concatenate(steps)).to(dense_BHW.device).split([len(step) for step in steps])
+    places = zip(on_device[::2], on_device[1::2], strict=True)
+    resized = [dense_HW[y_H[:, None], x_W] for dense_HW, (y_H, x_W) in zip(dense_BHW.short(), places, strict=True)]
+    on_host = torch.cat([dense_HW.flatten() for dense_HW in resized]).cpu().numpy().view(np.uint16)
+    ends = np.cumsum([height * width for height, width in sizes])
+    return [dense_P.reshape(size) for dense_P, size in zip(np.split(on_host, ends[:-1]), sizes, strict=True)]
+
+
+def _tabulate(
+    dense_HW: NDArray[np.uint16], category_M: NDArray[np.int64], labels: LabelTable, config: DecodeConfig
+) -> PanopticMap:
+    """Measure the segments of all slots. One that lost its pixels has no row; small stuff becomes void."""
+    filled = [int(category) for category in category_M if category >= 0]
+    if len(filled) > np.iinfo(np.uint16).max:
+        raise TesseraError(f"decode: {len(filled)} segments in one image do not fit uint16; raise min_area")
+    segments = [Segment(0, category, bool(labels.is_thing[category])) for category in filled]
     kept, ids_HW = [], dense_HW.astype(np.int32)
     for segment in measured(dense_HW, segments):
-        if not segment.is_thing and segment.area < min_stuff_area * ids_HW.size:
+        if not segment.is_thing and segment.area < config.min_stuff_area * ids_HW.size:
             ids_HW[ids_HW == segment.id] = 0
         elif segment.area > 0:
             kept.append(segment)
@@ -216,9 +283,9 @@ def class_picture(classes_HW: Tensor, labels: LabelTable) -> NDArray[np.uint8]:
     return labels.colors[classes_HW.cpu().numpy()]
 
 
-def centroid_picture(embedding_EHW: Tensor, config: GeneralistConfig) -> NDArray[np.uint8]:
+def centroid_picture(instance_XHW: Tensor, config: GeneralistConfig) -> NDArray[np.uint8]:
     """Voted centroid as colour: red = x, green = y, blue where there is an instance; void is black."""
-    votes_HW2, inside_HW = nearest_codes(embedding_EHW, config)
-    share_HW2 = (votes_HW2.numpy() + 0.5) / config.decode.grid
-    rgb_HW3 = np.concatenate([share_HW2, np.full((*inside_HW.shape, 1), 0.6)], -1) * inside_HW.numpy()[..., None]
-    return (255 * rgb_HW3.clip(0, 1)).astype(np.uint8)
+    votes_2HW, inside_HW = cast_votes_on_host(instance_XHW.cpu(), config)
+    share_2HW = (votes_2HW + FIXED / 2) / (FIXED * config.decode.grid)
+    rgb_3HW = np.concatenate([share_2HW, np.full((1, *inside_HW.shape), 0.6)]) * inside_HW
+    return (255 * rgb_3HW.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)

@@ -1,7 +1,6 @@
 """The generalist network: one encoder, one decoder, two single-convolution heads (G)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +9,18 @@ from torch import Tensor, nn
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
-from training.backbones import Backbone, build_backbone
+from training.backbones import build_backbone
+from training.backbones.base import Backbone
 from training.batch import Batch
-from training.methods.base import Method, Picture
-from training.methods.generalist import loss
+from training.methods.base import Method, Outputs, Picture
 from training.methods.generalist.config import GeneralistConfig
 from training.methods.generalist.decode import centroid_picture, class_picture, decode
-from training.methods.generalist.targets import embed_xy, make_targets, omegas
-
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, as DINOv2 was trained
+from training.methods.generalist.loss import instance_losses, semantic_losses
+from training.methods.generalist.targets import IGNORE, instance_targets, omegas, semantic_targets
 
 
 class Generalist(Method):
-    """Class logits and positional embeddings of centroids, decoded by votes."""
+    """Class logits and codes of centroids, decoded by votes."""
 
     def __init__(self, config: GeneralistConfig, labels: LabelTable, grid: Size) -> None:
         super().__init__(labels, grid)
@@ -32,73 +30,59 @@ class Generalist(Method):
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """See Method. With alternating tasks every third step is semantic, the others are instance."""
-        semantic, instance = True, True
-        if self.config.tasks == "alternate":
-            semantic, instance = step % 3 == 2, step % 3 != 2
-        logits_BCHW, embedding_BEHW = self.network(batch.images_B3HW, semantic, instance)
+        semantic = not self.alternates or step % 3 == 2
+        instance = not self.alternates or step % 3 != 2
+        logits_BCHW, codes_BXHW = self.network(batch.images_B3HW, semantic, instance)
         result: dict[str, Tensor] = {}
         with torch.autocast(batch.images_B3HW.device.type, enabled=False):
             if semantic:
-                result |= self._semantic_losses(batch, logits_BCHW.float())
+                result |= semantic_losses(logits_BCHW.float(), semantic_targets(batch, self.config), self.config)
             if instance:
-                result |= self._instance_losses(batch, embedding_BEHW.float())
-        return result
-
-    def _semantic_losses(self, batch: Batch, logits_BCHW: Tensor) -> dict[str, Tensor]:
-        targets, config = make_targets(batch, self.config), self.config
-        result = {"semantic": loss.semantic_loss(logits_BCHW, targets)}
-        if config.total_variation:
-            result["semantic_tv"] = config.total_variation * loss.semantic_variation(logits_BCHW)
-        return result
-
-    def _instance_losses(self, batch: Batch, embedding_BEHW: Tensor) -> dict[str, Tensor]:
-        targets, config = make_targets(batch, self.config), self.config
-        result = {"instance": loss.embedding_loss(embedding_BEHW, targets, config.squared)}
-        if config.total_variation:
-            result["instance_tv"] = config.total_variation * loss.embedding_variation(embedding_BEHW)
-        if config.dice:
-            codes_BNE = embed_xy(batch.centroid_BN2, omegas(config))
-            result["dice"] = config.dice * loss.dice_loss(embedding_BEHW, codes_BNE, batch)
+                targets = instance_targets(batch, self.config)
+                result |= instance_losses(codes_BXHW.float(), targets, batch, self.config)
         return result
 
     @torch.inference_mode()
-    def segment(self, images_B3HW: Tensor, sizes: Sequence[Size]) -> list[PanopticMap]:
+    def decode(self, outputs: Outputs, sizes: Sequence[Size]) -> list[PanopticMap]:
         """See Method."""
-        logits_BCHW, embedding_BEHW = self.network(images_B3HW)
-        classes_BHW = logits_BCHW.argmax(1)
-        return [
-            decode(classes_HW, embedding_EHW, size, self.labels, self.config)
-            for classes_HW, embedding_EHW, size in zip(classes_BHW, embedding_BEHW, sizes, strict=True)
-        ]
+        logits_BCHW, codes_BXHW = outputs
+        return decode(logits_BCHW, codes_BXHW, sizes, self.labels, self.config)
 
     @torch.inference_mode()
-    def views(self, images_B3HW: Tensor) -> list[dict[str, Picture]]:
+    def views(self, outputs: Outputs) -> list[dict[str, Picture]]:
         """See Method: the semantic head's classes, and decoded centroids as colour (G, figures 7 and 8)."""
-        logits_BCHW, embedding_BEHW = self.network(images_B3HW)
+        logits_BCHW, codes_BXHW = outputs
         return [
             {
                 "predicted semantic": class_picture(classes_HW, self.labels),
-                "decoded centroids": centroid_picture(embedding_EHW, self.config),
+                "decoded centroids": centroid_picture(codes_XHW, self.config),
             }
-            for classes_HW, embedding_EHW in zip(logits_BCHW.argmax(1), embedding_BEHW, strict=True)
+            for classes_HW, codes_XHW in zip(logits_BCHW.argmax(1), codes_BXHW, strict=True)
         ]
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """See Method. Vectors (biases, norms, tokens) are not decayed."""
-        decayed = [p for p in self.parameters() if p.requires_grad and p.squeeze().ndim > 1]
-        kept = {id(p) for p in decayed}
-        others = [p for p in self.parameters() if p.requires_grad and id(p) not in kept]
-        return [
-            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-            {"params": others, "lr": lr, "weight_decay": 0.0},
-        ]
+    def ideal(self, batch: Batch) -> Outputs:
+        """See Method. Void says a thing's class outside of all instances, which decodes to void."""
+        classes_BHW = semantic_targets(batch, self.config).classes_BHW
+        thing = int(self.labels.is_thing.argmax())
+        logits_BCHW = _certain(torch.where(classes_BHW == IGNORE, thing, classes_BHW), len(self.labels))
+        codes_BXHW = instance_targets(batch, self.config).dense_BXHW
+        if self.config.encoding == "classes":
+            codes_BXHW = torch.cat(
+                [_certain(cells_BHW, self.config.cells + 1) for cells_BHW in codes_BXHW.unbind(1)], 1
+            )
+        return logits_BCHW, codes_BXHW
+
+
+def _certain(classes_BHW: Tensor, count: int) -> Tensor:
+    """Logits (B, count, H, W) without doubt."""
+    images, height, width = classes_BHW.shape
+    logits_BCHW = torch.zeros(images, count, height, width, device=classes_BHW.device)
+    return logits_BCHW.scatter_(1, classes_BHW[:, None], 10.0)
 
 
 class Network(nn.Module):
-    """Images (B, 3, H, W), 0-255 -> class logits (B, C, H, W) and embeddings (B, 4 L, H, W)."""
+    """Images (B, 3, H, W), 0-255 -> class logits (B, C, H, W) and codes of centroids (B, X, H, W)."""
 
-    mean_1311: Tensor
-    std_1311: Tensor
     phases_4LHW: Tensor
 
     def __init__(self, config: GeneralistConfig, categories: int, grid: Size) -> None:
@@ -107,9 +91,7 @@ class Network(nn.Module):
         self.decoder = Decoder(self.backbone, config.decoder_widths)
         width = config.decoder_widths[-1]
         self.semantic_head = nn.Conv2d(width, categories, 3, padding=1)
-        self.instance_head = nn.Conv2d(width, 4 * config.frequencies, 3, padding=1)
-        self.register_buffer("mean_1311", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std_1311", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.instance_head = nn.Conv2d(width, config.instance_channels, 3, padding=1)
         self.relative = config.relative
         if config.relative:
             self.register_buffer("phases_4LHW", pixel_phases(grid, omegas(config)), persistent=False)
@@ -117,17 +99,16 @@ class Network(nn.Module):
     def forward(self, images_B3HW: Tensor, semantic: bool = True, instance: bool = True) -> tuple[Tensor, Tensor]:
         """See the class. A head that is not asked for gives an empty tensor."""
         size = images_B3HW.shape[-2:]
-        normal_B3HW = (images_B3HW.to(self.mean_1311.dtype) - self.mean_1311) / self.std_1311
-        features_BCHW = self.decoder(self.backbone(normal_B3HW))
+        features_BCHW = self.decoder(self.backbone(images_B3HW))
         if features_BCHW.shape[-2:] != size:
             # the last resize is ours (G is silent): 30 tokens x 2^4 = 480 pixels, not 420
             features_BCHW = F.interpolate(features_BCHW, size, mode="bilinear", align_corners=False)
         nothing = features_BCHW.new_empty(0)
         logits_BCHW = self.semantic_head(features_BCHW) if semantic else nothing
-        embedding_BEHW = self.instance_head(features_BCHW) if instance else nothing
+        codes_BXHW = self.instance_head(features_BCHW) if instance else nothing
         if instance and self.relative:
-            embedding_BEHW = rotate(embedding_BEHW.float(), self.phases_4LHW)
-        return logits_BCHW, embedding_BEHW
+            codes_BXHW = rotate(codes_BXHW.float(), self.phases_4LHW)
+        return logits_BCHW, codes_BXHW
 
 
 class Decoder(nn.Module):

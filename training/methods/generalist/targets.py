@@ -14,17 +14,26 @@ IGNORE = -1
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Dense targets of a batch."""
+class SemanticTargets:
+    """Dense targets of the semantic task."""
 
     classes_BHW: Tensor
     """int64 contiguous ids, IGNORE on void."""
-    semantic_weight_BHW: Tensor
+    weight_BHW: Tensor
     """float32, EDS; 0 on void."""
-    embedding_BEHW: Tensor
-    """float32, the code of the pixel's centroid; zeros where it belongs to no single thing."""
-    instance_weight_BHW: Tensor
-    """float32, EDS; 0 on crowds, which have no single centroid (G is silent)."""
+
+
+@dataclass(frozen=True)
+class InstanceTargets:
+    """Targets of the instance task; X channels, or for the encoding by classes 2 cells."""
+
+    codes_BNX: Tensor
+    """What the head should say of each segment: float32 codes, zeros but for things, or int64 cells of u and v,
+    the last class but for things."""
+    dense_BXHW: Tensor
+    """The code of the segment that each pixel belongs to."""
+    weight_BHW: Tensor
+    """float32, EDS; 0 on crowds, which have no single centroid (G is silent), and on pixels that are left out."""
 
 
 def omegas(config: GeneralistConfig) -> list[float]:
@@ -51,25 +60,46 @@ def eds_weight(d2: Tensor, distance: float, minimum: float) -> Tensor:
     return minimum + (1 - minimum) * torch.exp(-d2.float() / distance**2)
 
 
-def make_targets(batch: Batch, config: GeneralistConfig) -> Targets:
-    """Gather per-segment values to pixels, on the batch's device."""
-    flat_BP = batch.labels_BHW.flatten(1)
-    shape = batch.labels_BHW.shape
+def eds_maps(batch: Batch, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
+    """EDS weights of the semantic and of the instance task, float32 (B, H, W) each.
 
-    def to_pixels(rows_BN: Tensor) -> Tensor:
-        return rows_BN.gather(1, flat_BP).reshape(shape)
+    Where each stuff category is one segment, an edge of the panoptic map is an edge of one of the two tasks, so its
+    distances are the smaller ones.
+    """
+    maps = batch.semantic_d2_BHW, batch.instance_d2_BHW
+    if config.boundaries == "panoptic":
+        maps = (torch.minimum(*maps),) * 2
+    semantic_BHW, instance_BHW = (eds_weight(d2, config.eds_distance, config.eds_min) for d2 in maps)
+    return semantic_BHW, instance_BHW
 
-    codes_BNE = embed_xy(batch.centroid_BN2, omegas(config)) * batch.thing_BN[..., None]
-    index_BPE = flat_BP[..., None].expand(-1, -1, codes_BNE.shape[-1])
-    embedding_BPE = codes_BNE.gather(1, index_BPE)
-    classes_BHW = to_pixels(batch.category_BN)
-    labelled_BHW = classes_BHW != IGNORE
-    weights = [
-        eds_weight(d2, config.eds_distance, config.eds_min) for d2 in (batch.semantic_d2_BHW, batch.instance_d2_BHW)
-    ]
-    return Targets(
-        classes_BHW,
-        weights[0] * labelled_BHW,
-        embedding_BPE.transpose(1, 2).reshape(shape[0], -1, *shape[1:]),
-        weights[1] * ~to_pixels(batch.crowd_BN),
-    )
+
+def semantic_targets(batch: Batch, config: GeneralistConfig) -> SemanticTargets:
+    """Gather categories to pixels, on the batch's device."""
+    classes_BHW = _to_pixels(batch.category_BN, batch)
+    return SemanticTargets(classes_BHW, eds_maps(batch, config)[0] * (classes_BHW != IGNORE))
+
+
+def instance_targets(batch: Batch, config: GeneralistConfig) -> InstanceTargets:
+    """Encode each segment's centroid and gather the codes to pixels, on the batch's device."""
+    codes_BNX = encode(batch.centroid_BN2, batch.thing_BN, config)
+    index_BPX = batch.labels_BHW.flatten(1)[..., None].expand(-1, -1, codes_BNX.shape[-1])
+    dense_BXP = codes_BNX.gather(1, index_BPX).transpose(1, 2)
+    counted_BN = ~batch.crowd_BN if config.void_kept else batch.thing_BN
+    weight_BHW = eds_maps(batch, config)[1] * _to_pixels(counted_BN, batch)
+    return InstanceTargets(codes_BNX, dense_BXP.unflatten(2, batch.labels_BHW.shape[1:]), weight_BHW)
+
+
+def encode(centroids_BN2: Tensor, thing_BN: Tensor, config: GeneralistConfig) -> Tensor:
+    """x, y in [-1, 1] -> (B, N, X): what stands for a segment; see InstanceTargets.codes_BNX."""
+    if config.encoding == "embedding":
+        return embed_xy(centroids_BN2, omegas(config)) * thing_BN[..., None]
+    share_BN2 = (centroids_BN2 + 1) / 2
+    if config.encoding == "direct":
+        return torch.cat([share_BN2, torch.ones_like(share_BN2[..., :1])], -1) * thing_BN[..., None]
+    cells_BN2 = (share_BN2 * config.cells).long().clamp(0, config.cells - 1)
+    return torch.where(thing_BN[..., None], cells_BN2, config.cells)
+
+
+def _to_pixels(rows_BN: Tensor, batch: Batch) -> Tensor:
+    """A value per segment -> a value per pixel, (B, H, W)."""
+    return rows_BN.gather(1, batch.labels_BHW.flatten(1)).view(batch.labels_BHW.shape)

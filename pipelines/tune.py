@@ -1,0 +1,49 @@
+"""`python -m pipelines.tune JOB`: decoding thresholds for a run that train-coco has finished.
+
+JOB is the JSON that train-coco ran with. Prints the options to give it next time; no server, no Ray.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from evaluation.tune import tune
+from infra.errors import TesseraError
+from infra.store import open_store
+from pipelines.train_coco import TrainCoco, data_root
+from preprocessing.coco import read_index
+from preprocessing.shards import ShardConfig, ShardSet, plan, read_set, set_path
+from training.run import read_run
+
+
+def main(job: TrainCoco) -> None:
+    """Find the run and its val shards on the store, tune, print."""
+    chosen, root, storage = job.resolved(), data_root(job), open_store(job.storage).url
+    train_set = _finished(storage, root, job.train_split, chosen.shards)
+    val_set = _finished(storage, root, job.val_split, chosen.val_shards)
+    run = read_run(storage, chosen.run_path(train_set.path))
+    if run is None:
+        raise TesseraError(f"{storage}: no finished run of this job; run train-coco first")
+    found = tune(chosen, run.path, val_set, storage)
+    before, best = found.trials[0].pq, found.best.pq
+    print(f"PQ {before:.2f} -> {best:.2f} after {len(found.trials)} trials, {storage}/{found.path}/manifest.json")
+    print(f"options: {json.dumps(found.options())}")
+
+
+def _finished(storage: str, root: Path, split: str, config: ShardConfig) -> ShardSet:
+    index = read_index(root, split)
+    found = read_set(open_store(storage), set_path(index, config, plan(index, config)))
+    if found is None:
+        raise TesseraError(f"{storage}: no shards of {root} {split} for this job; run train-coco first")
+    return found
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(TrainCoco.model_validate_json(sys.argv[1] if len(sys.argv) > 1 else "{}"))
+    except (TesseraError, ValidationError) as error:
+        sys.exit(str(error))

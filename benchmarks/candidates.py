@@ -34,14 +34,13 @@ from preprocessing.geometry import Size, resize_labels
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.sample import decode_image, from_fields, make_sample
-from preprocessing.shards import read_set
+from preprocessing.shards import read_set, read_shard_samples
 from training.backbones.vit import VitConfig
 from training.batch import Example, collate
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.methods.generalist.decode import decode
 from training.methods.generalist.model import Generalist
 from training.methods.generalist.targets import embed, embed_xy, omegas
-from training.reader import read_shard_samples
 from training.recipes import recipe
 from training.run import load_method
 

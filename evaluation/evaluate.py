@@ -17,9 +17,8 @@ from infra.store import open_store
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.sample import Sample, decode_image, from_fields
-from preprocessing.shards import Shard, ShardSet
+from preprocessing.shards import Shard, ShardSet, read_shard_samples
 from training.methods.base import Method, Picture
-from training.reader import read_shard_samples
 from training.recipe import Recipe
 from training.run import load_method
 

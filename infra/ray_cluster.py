@@ -25,15 +25,16 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
 }
-_PASSED_ON = ("AWS_", "NUMBA_", "RAY_TRAIN_", "TESSERA_")
+_PASSED_ON = ("AWS_", "NUMBA_", "RAY_TRAIN_", "HF_")
 
 
 @contextmanager
-def session(address: str = LOCAL) -> Iterator[None]:
+def session(address: str = LOCAL, gpus: int = 0) -> Iterator[None]:
     """Connect to `address` ("local" starts a cluster in this process' care, "auto", or host:port).
 
     On the way out the connection is shut down and with it all work this process has submitted. Raises
-    TesseraError when no cluster answers.
+    TesseraError when no cluster answers, and when this machine alone has fewer than `gpus` GPUs: work that asks
+    for them would wait for ever. (Another cluster may grow.)
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -42,6 +43,9 @@ def session(address: str = LOCAL) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM) if main else None
     try:
         _connect(address)
+        found = int(ray.cluster_resources().get("GPU", 0))
+        if address == LOCAL and found < gpus:
+            raise TesseraError(f"{gpus} GPUs are asked for, this machine has {found}: ask for fewer, or join a cluster")
         if main:
             signal.signal(signal.SIGTERM, handler)
         yield

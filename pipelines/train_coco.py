@@ -96,7 +96,8 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         chosen.train.split_batch(job.workers)  # refuses now what training would refuse after hours of precompute
         check_storage(job.storage)
         root = find_data(job)
-        with ray_cluster.session(job.ray):
+        check_weights(chosen)
+        with ray_cluster.session(job.ray, job.workers if job.gpus else 0):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
             if val_set.labels != train_set.labels:  # weights know categories by their place in the table
@@ -128,6 +129,14 @@ def data_root(job: TrainCoco) -> Path:
         return Path(job.data).resolve()
     log.info("synthetic set: %d train and %d val images", job.synthetic.train, job.synthetic.val)
     return write_set(Path(".tessera/data").resolve(), job.synthetic)
+
+
+@_step
+def check_weights(chosen: Recipe) -> None:
+    """Refuse now the pretrained weights that training would refuse after hours of precompute; tell what they fill."""
+    report = chosen.load_backbone()
+    if report is not None:
+        log.info("weights %s: %s", chosen.method.backbone.weights, report)
 
 
 @_step

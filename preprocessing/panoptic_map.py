@@ -15,7 +15,7 @@ class Segment:
     """One row of a panoptic map's table."""
 
     id: int
-    """The value of its pixels in `PanopticMap.ids`; never 0."""
+    """The value of its pixels in `PanopticMap.ids`, where 0 is void; 0 in rows that `measured` has yet to number."""
     category: int
     """Contiguous id of the LabelTable."""
     is_thing: bool

@@ -31,14 +31,8 @@ def precompute(root: str | Path, split: str, config: ShardConfig, store_url: str
 
     def report(shard: Shard) -> None:
         done.append(shard)
-        log.info(
-            "%s: shard %d of %d, %d samples, %.1f MB",
-            split,
-            len(done),
-            len(jobs),
-            len(shard.image_ids),
-            shard.bytes / 1e6,
-        )
+        samples, megabytes = len(shard.image_ids), shard.bytes / 1e6
+        log.info("%s: shard %d of %d, %d samples, %.1f MB", split, len(done), len(jobs), samples, megabytes)
         for rejected in shard.rejected:
             log.warning("%s: sample %s set aside: %s", split, rejected.sample, rejected.reason)
 

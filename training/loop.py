@@ -1,6 +1,5 @@
 """The train loop: one worker's part of a run, without Ray."""
 
-import logging
 import math
 import time
 from collections import deque
@@ -21,8 +20,6 @@ from training.methods.base import Method
 from training.reader import BatchStream, load_batches
 from training.recipe import Recipe, TrainConfig
 
-log = logging.getLogger("tessera.train")
-
 State = dict[str, Any]
 """What a run goes on from: method, average, optimizer, step, history. Tensors and plain values only."""
 
@@ -38,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of a run's history, averaged since the line before, of this worker's share of the batch."""
+    """One line of a run's history, averaged since the line before. Losses are of this worker's share of the batch."""
 
     step: int
     steps: int
@@ -86,8 +83,8 @@ def train(
     config, steps = recipe.train, recipe.train.steps(shards.samples)
     torch.manual_seed(config.seed)
     method = recipe.build(shards.labels)
-    if state is None and (loaded := method.load_pretrained()) and place.rank == 0:
-        log.info("backbone: %s", loaded)
+    if state is None:
+        method.load_pretrained()
     method.to(place.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(method, config, steps)
     if state is not None:

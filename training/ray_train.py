@@ -52,15 +52,8 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
     images, passes = recipe.train.split_batch(workers)
     BatchStream(train_set, store_url, recipe.reader, images, 0, workers)  # refuses too many readers here, not there
     steps = recipe.train.steps(train_set.samples)
-    log.info(
-        "recipe %s: %d steps of %d images = %d workers x %d passes x %d images",
-        recipe.name,
-        steps,
-        recipe.train.batch,
-        workers,
-        passes,
-        images,
-    )
+    share = f"{recipe.train.batch} images = {workers} workers x {passes} passes x {images} images"
+    log.info("recipe %s: %d steps of %s", recipe.name, steps, share)
     started = time.monotonic()
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     job = TrainJob(recipe, store.url, train_set.path, path)

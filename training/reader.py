@@ -8,7 +8,6 @@ part of one epoch.
 
 import itertools
 import random
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,11 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset import tariterators
 
 from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing.sample import FIELDS, decode_image, from_fields
-from preprocessing.shards import Shard, ShardSet
+from preprocessing.sample import decode_image, from_fields
+from preprocessing.shards import Shard, ShardSet, read_shard_samples
 from training.batch import Batch, Example, collate
 
 
@@ -122,24 +120,3 @@ def load_batches(stream: BatchStream) -> Iterator[Batch]:
     return iter(
         DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=context, pin_memory=pin)
     )
-
-
-def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]:
-    """The files of each sample of one shard, in the order of the tar. TesseraError if it is not whole.
-
-    The store opens the tar, not webdataset, for whom a URL may be a shell command.
-    """
-    store, found = open_store(store_url), 0
-    try:
-        with store.open(shard.key) as stream:
-            files = tariterators.tar_file_expander([{"url": shard.key, "stream": stream}])
-            for fields in tariterators.group_by_keys(files):
-                if not fields.keys() >= FIELDS:
-                    break
-                found += 1
-                yield fields
-    except tarfile.ReadError as error:
-        raise TesseraError(f"{store.url_for(shard.key)}: not a whole tar ({error}); delete it and run again") from error
-    if found != len(shard.image_ids):
-        url, expected = store.url_for(shard.key), len(shard.image_ids)
-        raise TesseraError(f"{url}: holds {found} whole samples, its record says {expected}; delete both and run again")

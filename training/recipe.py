@@ -10,7 +10,8 @@ from infra import artifacts
 from infra.errors import TesseraError
 from preprocessing.labels import LabelTable
 from preprocessing.shards import ShardConfig
-from training.backbones.weights import fingerprint
+from training.backbones import build_backbone
+from training.backbones.weights import LoadReport, fingerprint
 from training.methods import METHODS
 from training.methods.base import Method, MethodConfig
 from training.reader import ReaderConfig
@@ -116,6 +117,13 @@ class Recipe:
         """A method with fresh weights."""
         assert self.shards.grid is not None  # checked above
         return METHODS[type(self.method)](self.method, labels, self.shards.grid)
+
+    def load_backbone(self) -> LoadReport | None:
+        """Load the backbone's published weights to see what they fill; None if it has none. TesseraError as they do."""
+        assert self.shards.grid is not None  # checked above
+        if self.method.backbone.weights is None:
+            return None
+        return build_backbone(self.method.backbone, self.shards.grid).load_pretrained()
 
     def run_path(self, train_set: str) -> str:
         """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor of its path.

@@ -31,7 +31,10 @@ def eight(recipe: Recipe) -> Recipe:
         "train.lr": 3e-3,
         "reader.flip": False,
     }
-    return recipe.changed(options | {"train.weight_decay": 0, "shards.samples": 8, "method.decode.min_stuff_area": 0})
+    return recipe.changed(
+        options
+        | {"train.weight_decay": 0, "shards.samples": 8, "method.decode.min_stuff_area": 0, "method.decode.min_area": 0}
+    )
 
 
 def shards(url: str, config: ShardConfig) -> ShardSet:

@@ -10,11 +10,11 @@ from infra.errors import TesseraError
 from infra.store import Store
 from preprocessing.coco import CocoIndex
 from preprocessing.sample import from_fields
-from preprocessing.shards import ShardSet
+from preprocessing.shards import ShardSet, read_shard_samples
 from tests.support.examples import same_batches
 from tests.training.conftest import Maker, shard_set
 from training.batch import Batch
-from training.reader import BatchStream, ReaderConfig, epoch_shards, load_batches, read_shard_samples
+from training.reader import BatchStream, ReaderConfig, epoch_shards, load_batches
 
 PLAIN = ReaderConfig(shuffle=3, flip=False)
 

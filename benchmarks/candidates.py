@@ -3,7 +3,7 @@
     python -m benchmarks.candidates                            # ideal outputs of coco_mini, about two minutes
     python -m benchmarks.candidates STORE RUN RECIPE SPLIT-SET  # outputs of a trained run
 
-G says that it decodes as Painter does (shared/REFERENCE.md; rules read in Painter's code). Its open numbers, here:
+G says that it decodes as Painter does; the rules are those of Painter's public code. Its open numbers, here:
 the threshold on the Euclidean distance between an output and a code is the distance between the codes of cells 4
 apart (Painter: 16 to 19 grey levels where its neighbours differ by 4.3), or 2 apart, which suits ideal outputs; the
 mean distance in a mask is normalised by the largest one kept, but at least by 1/16 of the threshold, which is

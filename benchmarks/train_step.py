@@ -107,11 +107,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def flops_per_image(bench: Bench) -> float:
-    """Of the network, forward and backward: matrix products and convolutions."""
+def flops_per_image(chosen: Recipe) -> float:
+    """Of the network with all heads, forward and backward: matrix products and convolutions. Nothing is computed."""
+    assert chosen.shards.grid is not None
+    with torch.device("meta"):
+        method, images = chosen.build(LABELS), torch.zeros(1, 3, *chosen.shards.grid)
     with FlopCounterMode(display=False) as counter:
-        bench.forward_backward("network")
-    return counter.get_total_flops() / len(bench.batch.keys)
+        torch.stack([x.sum() for x in method.network(images)]).sum().backward()
+    return counter.get_total_flops()
 
 
 def saved_mib(bench: Bench, part: str) -> float:
@@ -176,7 +179,7 @@ def report(name: str, device: torch.device) -> float:
             f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {peak_memory_gib(device):.1f} GiB"
         )
     bench = make(name, images, device, True, False)
-    flops, peak, best = flops_per_image(bench), peak_flops(device), max(rates.values())
+    flops, peak, best = flops_per_image(bench.recipe), peak_flops(device), max(rates.values())
     print(f"{name}: {flops / 1e9:.1f} GFLOP an image, {flops * best / peak:.1%} of {peak / 1e12:.2f} TFLOP/s")
     parts = {
         p: seconds(lambda p=p: bench.forward_backward(p), device, rounds) for p in ("encoder", "network", "losses")
@@ -198,6 +201,8 @@ def main(names: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"device: {kind}, of {os.cpu_count()} cores, torch {torch.__version__}")
+    for name in ("base_420", "large_420", "large_518"):
+        print(f"{name}: {flops_per_image(recipe(name)) / 1e12:.3f} TFLOP an image, forward and backward, counted")
     for name in names or (["base_420"] if device.type == "cuda" else ["demo", "coco_mini"]):
         rate = report(name, device)
         if device.type == "cuda" and name == "base_420":

@@ -31,6 +31,9 @@ Everything it writes lies in .tessera; what is there already is not made again.
 
 def main(arguments: list[str]) -> int:
     """Run the flow; the last line is `PQ <all> things <pq> stuff <pq> report <path>`. Returns the exit code."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
         if not arguments:
             print(PLAN, flush=True)
@@ -43,6 +46,9 @@ def main(arguments: list[str]) -> int:
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

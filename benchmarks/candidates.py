@@ -45,11 +45,13 @@ from training.recipes import recipe
 from training.run import load_method
 
 COCO_MINI = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
-COMPARED, NOISES, STEPS, GRIDS = 10, (0.0, 0.1, 0.3), (4, 2), (20, 40, 80, 160)
+COMPARED, NOISES, GRIDS = 5, (0.0, 0.1, 0.3), (20, 40, 80, 160)
+WAYS = ((4, 0.55), (2, 0.55), (8, 0.0), (16, 0.0))
+"""Cells of the threshold, least score: Painter's, one for ideal outputs, two that keep outputs far from codes."""
 STUFF_AREA = 8192 / (640 * 480)
 REACH = 12 / 80
 """Of our grouping, as a share of the image: what the recipe for coco_mini has."""
-CHUNK, CANDIDATES, SIGMA, INSTANCES, LEAST_SCORE, MOST_TAKEN = 400, 2000, 2.0, 100, 0.55, 0.5
+CHUNK, CANDIDATES, SIGMA, INSTANCES, MOST_TAKEN = 400, 2000, 2.0, 100, 0.5
 Decoder = Callable[[Tensor, Tensor, Size, LabelTable, GeneralistConfig], PanopticMap]
 
 
@@ -70,14 +72,21 @@ def ours(
 
 
 def painters(
-    logits_CHW: Tensor, embedding_EHW: Tensor, size: Size, labels: LabelTable, config: GeneralistConfig, *, steps: int
+    logits_CHW: Tensor,
+    embedding_EHW: Tensor,
+    size: Size,
+    labels: LabelTable,
+    config: GeneralistConfig,
+    *,
+    steps: int,
+    least: float,
 ) -> PanopticMap:
-    """Painter's decoding of one image; steps: cells between two codes as far apart as the threshold."""
+    """Painter's decoding of one image; steps: cells between two codes as far apart as the threshold; least score."""
     masks_NP, score_N = suppress(*candidates(embedding_EHW.flatten(1).float(), config, steps))
     share_CP = logits_CHW.flatten(1).float().softmax(0)
     thing_C = torch.from_numpy(labels.is_thing)
     category_N = (masks_NP @ share_CP[thing_C].T).argmax(1) if len(masks_NP) else torch.empty(0, dtype=torch.long)
-    segments, dense_P = paste(masks_NP.bool(), score_N, thing_C.nonzero()[:, 0][category_N])
+    segments, dense_P = paste(masks_NP.bool(), score_N, thing_C.nonzero()[:, 0][category_N], least)
     class_P = share_CP.argmax(0)
     for category in np.flatnonzero(~labels.is_thing).tolist():
         free_P = (class_P == category) & (dense_P == 0)
@@ -120,12 +129,12 @@ def suppress(masks_NP: Tensor, score_N: Tensor) -> tuple[Tensor, Tensor]:
     return masks_NP[order_N[:INSTANCES]], score_N[:INSTANCES]
 
 
-def paste(masks_NP: Tensor, score_N: Tensor, category_N: Tensor) -> tuple[list[Segment], Tensor]:
+def paste(masks_NP: Tensor, score_N: Tensor, category_N: Tensor, least: float) -> tuple[list[Segment], Tensor]:
     """Masks by falling score onto free pixels: things, and the label of each pixel, int64 (P,), 0 where none is."""
     segments: list[Segment] = []
     dense_P = torch.zeros(masks_NP.shape[1], dtype=torch.long)
     for mask_P, score, category in zip(masks_NP, score_N.tolist(), category_N.tolist(), strict=True):
-        if score < LEAST_SCORE:
+        if score < least:
             break
         free_P = mask_P & (dense_P == 0)
         if free_P.sum() >= (1 - MOST_TAKEN) * mask_P.sum():
@@ -188,7 +197,9 @@ def compare_decoders(name: str, outputs: Sequence[Output], labels: LabelTable, c
     """A row of the table for each way."""
     config = replace(config, decode=replace(config.decode, min_stuff_area=STUFF_AREA))
     ours(outputs[0].logits_CHW, outputs[0].embedding_EHW, (8, 8), labels, config)  # compiles
-    ways: dict[str, Decoder] = {f"Painter's, {steps} cells": partial(painters, steps=steps) for steps in STEPS}
+    ways: dict[str, Decoder] = {
+        f"Painter's, {steps} cells, score {least}": partial(painters, steps=steps, least=least) for steps, least in WAYS
+    }
     for way, decoder in {**ways, "ours": ours}.items():
         print(f"| {name} | {way} | {measure(outputs, decoder, labels, config)} |", flush=True)
 

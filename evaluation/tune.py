@@ -71,7 +71,8 @@ def tune(recipe: Recipe, run: str, val_set: ShardSet, store_url: str, images: in
     trials = _climb(method, seen, candidates)
     path = artifacts.step_path("tune", SCHEMA_VERSION, [recipe.method.decode, images], [run, val_set.path])
     found = Tuned(path, tuple(trials))
-    content = {"options": found.options(), "pq": found.best.pq, "images": images, "trials": found.trials}
+    looked_at = sum(len(batch.truths) for batch in seen)
+    content = {"options": found.options(), "pq": found.best.pq, "images": looked_at, "trials": found.trials}
     artifacts.write_manifest(open_store(store_url), path, content)
     return found
 

@@ -96,7 +96,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         chosen.train.split_batch(job.workers)  # refuses now what training would refuse after hours of precompute
         check_storage(job.storage)
         root = find_data(job)
-        check_weights(chosen)
+        check_recipe(chosen)
         with ray_cluster.session(job.ray, job.workers if job.gpus else 0):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
@@ -132,9 +132,9 @@ def data_root(job: TrainCoco) -> Path:
 
 
 @_step
-def check_weights(chosen: Recipe) -> None:
-    """Refuse now the pretrained weights that training would refuse after hours of precompute; tell what they fill."""
-    report = chosen.load_backbone()
+def check_recipe(chosen: Recipe) -> None:
+    """Refuse now the network or the weights that training would refuse after hours of precompute."""
+    report = chosen.rehearse()
     if report is not None:
         log.info("weights %s: %s", chosen.method.backbone.weights, report)
 

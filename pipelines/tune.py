@@ -30,7 +30,7 @@ def main(job: TrainCoco) -> None:
     found = tune(chosen, run.path, val_set, storage)
     before, best = found.trials[0].pq, found.best.pq
     print(f"PQ {before:.2f} -> {best:.2f} after {len(found.trials)} trials, {storage}/{found.path}/manifest.json")
-    print(f"options: {json.dumps(found.options())}")
+    print(f"options: {json.dumps(job.options | found.options())}")
 
 
 def _finished(storage: str, root: Path, split: str, config: ShardConfig) -> ShardSet:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from safetensors.torch import save
@@ -58,10 +59,12 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     job = TrainJob(recipe, store.url, train_set.path, path)
     task = ray.remote(_fit).options(num_cpus=0, max_retries=0).remote(job, workers, gpus, board)
-    ray_cluster.wait_for(task, lambda: _log_lines(board))
-    failure = ray.get(board.failure.remote())
-    if failure:
-        raise TesseraError(failure)
+    try:
+        ray_cluster.wait_for(task, lambda: _log_lines(board))
+    except RayError as error:
+        _raise_failure(board, error)  # what a worker said of it is worth more than Ray's account of how it ended
+        raise
+    _raise_failure(board)
     content = {
         "recipe": recipe,
         "train_set": train_set.path,
@@ -72,6 +75,12 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
     }
     artifacts.write_manifest(store, path, content)
     return TrainedRun.of(path, content)
+
+
+def _raise_failure(board: Any, cause: Exception | None = None) -> None:
+    failure = ray.get(board.failure.remote())
+    if failure:
+        raise TesseraError(failure) from cause
 
 
 def _fit(job: TrainJob, workers: int, gpus: bool, board: Any) -> None:
@@ -116,6 +125,9 @@ def _worker(config: dict[str, Any]) -> None:
     except NonFiniteLoss as error:  # on all ranks at once, and a restart would meet it again
         ray.get(board.fail.remote(str(error), error.own))
         return
+    except TesseraError as error:  # perhaps on this rank alone, and the others must not wait for it
+        ray.get(board.fail.remote(str(error), True))
+        raise
     if place.rank == 0:
         weights = {name: value.contiguous().cpu() for name, value in method.state_dict().items()}
         store.write(f"{job.run}/{WEIGHTS}", save(weights))

@@ -36,6 +36,10 @@ class ReaderConfig:
     workers: int = 0
     """Reader processes per training worker; 0 reads in the training process."""
 
+    def __post_init__(self) -> None:
+        if self.shuffle < 1 or self.workers < 0:
+            raise TesseraError(f"reader: a shuffle buffer of {self.shuffle} samples, {self.workers} processes")
+
 
 class BatchStream(IterableDataset[Batch]):
     """The endless batches of one rank, from `start_step` on."""

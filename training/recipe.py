@@ -4,11 +4,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+import torch
 
 from infra import artifacts
 from infra.errors import TesseraError
-from preprocessing.labels import LabelTable
+from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import ShardConfig
 from training.backbones import build_backbone
 from training.backbones.weights import LoadReport, fingerprint
@@ -52,7 +54,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = min(self.batch, self.micro_batch, self.checkpoints) >= 1 and min(self.epochs, self.lr, self.clip) > 0
-        if not positive or not math.isfinite(self.epochs + self.lr + self.clip) or not self.weight_decay >= 0:
+        finite = math.isfinite(self.epochs + self.lr + self.clip + self.weight_decay)
+        if not (positive and finite and self.weight_decay >= 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise TesseraError(f"train config: batch, epochs, lr, clip, ... must be positive: {self}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise TesseraError(f"train config: {self.warmup_epochs} warm-up epochs in {self.epochs}")
@@ -118,9 +121,18 @@ class Recipe:
         assert self.shards.grid is not None  # checked above
         return METHODS[type(self.method)](self.method, labels, self.shards.grid)
 
-    def load_backbone(self) -> LoadReport | None:
-        """Load the backbone's published weights to see what they fill; None if it has none. TesseraError as they do."""
+    def rehearse(self) -> LoadReport | None:
+        """Run the network once without computing, and load the backbone's published weights to see what they fill.
+
+        None if it has none. Raises TesseraError for what training would only meet after precompute.
+        """
         assert self.shards.grid is not None  # checked above
+        two = LabelTable(tuple(Category(i, str(i), i == 1, (0, 0, 0)) for i in (1, 2)))
+        try:
+            with torch.device("meta"):
+                self.build(two).network(torch.zeros(2, 3, *self.shards.grid))
+        except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
+            raise TesseraError(f"recipe {self.name}: its network cannot be built: {error}") from error
         if self.method.backbone.weights is None:
             return None
         return build_backbone(self.method.backbone, self.shards.grid).load_pretrained()
@@ -138,19 +150,34 @@ class Recipe:
 
 def _changed(config: Any, place: str, options: dict[str, Any]) -> Any:
     """A frozen dataclass with all options below `place` replaced at once: some are only allowed together."""
-    from pydantic import TypeAdapter, ValidationError  # only where a user's options come in
-
-    types = get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
-    known = {f.name for f in dataclasses.fields(config)} if types else set()
+    known = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
     changes: dict[str, Any] = {}
     for name in dict.fromkeys(option.split(".")[0] for option in options):
         if name not in known:
             raise TesseraError(f"option '{place}{name}': there is none; there are {', '.join(sorted(known)) or 'none'}")
         below = {o.removeprefix(f"{name}."): value for o, value in options.items() if o.startswith(f"{name}.")}
-        try:
-            changes[name] = TypeAdapter(types[name]).validate_python(options.get(name, getattr(config, name)))
-        except ValidationError as error:
-            raise TesseraError(f"option '{place}{name}': {options[name]!r}: {error.errors()[0]['msg']}") from error
-        if below:
-            changes[name] = _changed(changes[name], f"{place}{name}.", below)
+        value, types = getattr(config, name), get_type_hints(type(config))[name]
+        if dataclasses.is_dataclass(value) and isinstance(options.get(name), dict):
+            below = options[name] | below
+            value = _of_kind(value, types, below)
+        elif name in options:
+            value = _typed(types, options[name], f"{place}{name}")
+        changes[name] = _changed(value, f"{place}{name}.", below) if below else value
     return dataclasses.replace(config, **changes)
+
+
+def _of_kind(config: Any, types: Any, options: dict[str, Any]) -> Any:
+    """`config`; where it lacks one of these options, the default of a kind that the field may be and that has all."""
+    for kind in (type(config), *get_args(types)):
+        if {option.split(".")[0] for option in options} <= {f.name for f in dataclasses.fields(kind)}:
+            return config if isinstance(config, kind) else kind()
+    return config
+
+
+def _typed(types: Any, value: Any, name: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError  # only where a user's options come in
+
+    try:
+        return TypeAdapter(types).validate_python(value)
+    except ValidationError as error:
+        raise TesseraError(f"option '{name}': {value!r}: {error.errors()[0]['msg']}") from error

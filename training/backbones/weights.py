@@ -79,9 +79,12 @@ def _read(source: str) -> bytes:
         return _hub_file(source.removeprefix("hub:")).read_bytes()
     if source.startswith("package:"):
         return _package_file(source.removeprefix("package:"))
+    remote = source.startswith("s3://")
+    if not source or ("://" in source and not remote):
+        raise TesseraError(f"weights {source!r}: a source is {_SOURCES}")
     folder, _, name = source.rpartition("/")
     try:
-        return open_store(folder).read(name) if source.startswith("s3://") else Path(source).read_bytes()
+        return open_store(folder).read(name) if remote else Path(source).expanduser().read_bytes()
     except (TesseraError, OSError) as error:
         raise TesseraError(f"weights {source}: {error}; a source is {_SOURCES}") from error
 

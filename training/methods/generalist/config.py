@@ -1,5 +1,6 @@
 """Options of the generalist method; every default is the paper's (G), or says whose it is."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -23,6 +24,12 @@ class DecodeConfig:
     """Share of the grid's pixels under which an instance is dropped."""
     min_stuff_area: float = 0.0
     """Share of the image's pixels under which a stuff segment becomes void (Painter: 8192 px)."""
+
+    def __post_init__(self) -> None:
+        shares = 0 <= self.min_area < 1 and 0 <= self.min_stuff_area < 1
+        if not (self.grid >= 1 and self.reach >= 0 and self.split >= 0 and shares):
+            raise TesseraError(f"decode: grid from 1, reach and split from 0, areas in [0, 1): {self}")
+
     candidates: ClassVar[dict[str, tuple[float, ...]]] = {
         "min_stuff_area": (0.0, 0.002, 0.005, 0.01, 0.02),
         "min_area": (0.0, 1e-4, 5e-4, 2e-3, 5e-3),
@@ -72,16 +79,20 @@ class GeneralistConfig(MethodConfig):
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        if self.frequencies < 1 or self.cells < 1:
-            raise TesseraError(f"generalist: frequencies {self.frequencies} and cells {self.cells} must be at least 1")
+        if min(self.frequencies, self.cells, *self.decoder_widths) < 1:
+            raise TesseraError("generalist: frequencies, cells and decoder_widths must be at least 1")
         if self.encoding != "embedding" and (self.relative or self.half_period):
-            raise TesseraError(f"generalist: relative and half_period are for embeddings, not for {self.encoding!r}")
+            raise TesseraError(
+                f"generalist: relative and half_period are for embeddings, set both to false for {self.encoding!r}"
+            )
         if self.encoding == "classes" and self.squared:
             raise TesseraError("generalist: classes have no distance that could be squared")
-        if not (self.dice >= 0 and self.total_variation >= 0):
+        if not (0 <= self.dice < math.inf and 0 <= self.total_variation < math.inf):
             raise TesseraError(f"generalist: dice {self.dice} and total_variation {self.total_variation} are weights")
-        if not 0 <= self.eds_min <= 1 or self.eds_distance < 0:
-            raise TesseraError(f"generalist: eds_min {self.eds_min} and eds_distance {self.eds_distance}")
+        if not (0 <= self.eds_min <= 1 and 0 <= self.eds_distance < math.inf):
+            raise TesseraError(
+                f"generalist: eds_min {self.eds_min} is not in [0, 1], or eds_distance {self.eds_distance} no distance"
+            )
 
     @property
     def instance_channels(self) -> int:

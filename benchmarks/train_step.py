@@ -49,14 +49,19 @@ class Bench:
     recipe: Recipe
     device: torch.device
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """Steps that serve each task once."""
+        return (0, 2) if self.method.alternates else (0,)
+
     def outputs(self, part: str) -> list[Tensor]:
-        """What the encoder, the network, or the losses give; step 0 or 2 by task."""
+        """What the encoder, the network, or the losses of both tasks give."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.bf16):
             if part == "encoder":
                 return list(self.method.backbone(self.batch.images_B3HW))
             if part == "network":
                 return [x for x in self.method.network(self.batch.images_B3HW) if x.numel()]
-            return list(self.method.losses(self.batch, 0).values()) + list(self.method.losses(self.batch, 2).values())
+            return [loss for turn in self.turns for loss in self.method.losses(self.batch, turn).values()]
 
     def forward_backward(self, part: str) -> None:
         sum(x.float().sum() for x in self.outputs(part)).backward()  # type: ignore[union-attr]
@@ -90,13 +95,13 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_flops(device: torch.device) -> float:
-    """What the device can do: of its data sheet, or of a matrix product in float32 on this CPU."""
+def peak_flops(device: torch.device, bf16: bool) -> float:
+    """What the device can do: of its data sheet, or of a matrix product of the recipe's type on this CPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in PEAKS.items() if key in name), float("nan"))
     side = 1024
-    a, b = torch.rand(side, side), torch.rand(side, side)
+    a, b = (torch.rand(side, side, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
     return 2 * side**3 / seconds(lambda: torch.mm(a, b), device, 10)
 
 
@@ -179,7 +184,7 @@ def report(name: str, device: torch.device) -> float:
             f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {peak_memory_gib(device):.1f} GiB"
         )
     bench = make(name, images, device, True, False)
-    flops, peak, best = flops_per_image(bench.recipe), peak_flops(device), max(rates.values())
+    flops, peak, best = flops_per_image(bench.recipe), peak_flops(device, bench.recipe.train.bf16), max(rates.values())
     print(f"{name}: {flops / 1e9:.1f} GFLOP an image, {flops * best / peak:.1%} of {peak / 1e12:.2f} TFLOP/s")
     parts = {
         p: seconds(lambda p=p: bench.forward_backward(p), device, rounds) for p in ("encoder", "network", "losses")
@@ -187,12 +192,12 @@ def report(name: str, device: torch.device) -> float:
     print(
         f"{name}, both tasks, ms an image: encoder {parts['encoder'] / images * 1e3:.1f}, decoder and heads "
         f"{(parts['network'] - parts['encoder']) / images * 1e3:.1f}, losses of both tasks "
-        f"{(parts['losses'] - 2 * parts['network']) / images * 1e3:.1f} (network run twice and taken off)"
+        f"{(parts['losses'] - len(bench.turns) * parts['network']) / images * 1e3:.1f}"
     )
     network, whole = saved_mib(bench, "network"), saved_mib(bench, "losses")
     print(
         f"{name}, kept for the backward pass, MiB an image: network {network:.1f}, losses of both tasks "
-        f"{whole - 2 * network:.1f}"
+        f"{whole - len(bench.turns) * network:.1f}"
     )
     return best
 

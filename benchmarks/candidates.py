@@ -157,8 +157,7 @@ def ideal_outputs(
     method = Generalist(replace(config, backbone=tiny, decoder_widths=(1,) * 5), labels, (1, 1))
     for record in records:
         sample = make_sample(record, labels, grid, 1)
-        arrays = decode_image(sample.image), sample.labels, sample.semantic_d2, sample.instance_d2
-        logits_BCHW, codes_BXHW = method.ideal(collate([Example("", *arrays, sample.segments)]))
+        logits_BCHW, codes_BXHW = method.ideal(collate([Example.of("", sample)]))
         truth = make_sample(record, labels, None, 1).panoptic
         yield Output(logits_BCHW[0].contiguous(), codes_BXHW[0].contiguous(), truth)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bars import bar, finish
-from preprocessing.labels import Category, LabelTable
+from benchmarks.model_size import COCO
 from preprocessing.panoptic_map import PanopticMap
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.methods.generalist.decode import decode, decode_on_device
@@ -30,7 +30,6 @@ from training.methods.generalist.targets import embed, embed_xy, omegas
 from training.methods.generalist.votes import FIXED, cast_votes_on_host
 
 SIZE, RESIZED, ROUNDS, CHUNK, BATCH, INSTANCES = (420, 420), (480, 640), 6, 8192, 16, 20
-LABELS = LabelTable(tuple(Category(i + 1, str(i), i < 80, (0, 0, 0)) for i in range(133)))
 CONFIG = GeneralistConfig(decode=DecodeConfig(reach=12))
 
 
@@ -51,7 +50,7 @@ def outputs(images: int, noise: float) -> tuple[Tensor, Tensor]:
         class_N = torch.cat([torch.arange(100, 105), torch.arange(INSTANCES - 5)])
         codes_NE = embed_xy(2 * seeds_N2.flip(1) / torch.tensor(SIZE) - 1, omegas(CONFIG))
         codes_NE[class_N >= 80] = 0
-        logits_CHW = torch.randn(len(LABELS), *SIZE, generator=generator)
+        logits_CHW = torch.randn(len(COCO), *SIZE, generator=generator)
         logits_CHW.scatter_add_(0, class_N[nearest_HW][None], torch.full((1, *SIZE), 10.0))
         embedding_EHW = codes_NE[nearest_HW].permute(2, 0, 1).contiguous()
         every.append((logits_CHW, embedding_EHW + noise * torch.randn(embedding_EHW.shape, generator=generator)))
@@ -111,7 +110,7 @@ def whole_decode(name: str, path: Callable[..., list[PanopticMap]], images: int,
     seconds = []
     for _ in range(4):  # the first compiles
         start = time.perf_counter()
-        path(logits_BCHW, embedding_BEHW, [RESIZED] * images, LABELS, CONFIG)
+        path(logits_BCHW, embedding_BEHW, [RESIZED] * images, COCO, CONFIG)
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:]) / images
     print(f"decode {name}, batches of {images}: {1000 * best:.2f} ms/image, {1 / best:.0f} images/s", flush=True)

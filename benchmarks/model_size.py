@@ -8,6 +8,7 @@ from training.recipe import Recipe
 from training.recipes import base_420, large_420
 
 COCO = LabelTable(tuple(Category(i + 1, str(i), i < 80, (0, 0, 0)) for i in range(133)))
+"""As many things and stuff as COCO has; other benchmarks use it too."""
 PAPER = ((base_420(), 91.9e6), (large_420(), 310e6))
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bars import bar, finish
+from benchmarks.model_size import COCO
 from preprocessing.kernels import squared_distance
-from preprocessing.labels import Category, LabelTable
 from preprocessing.panoptic_map import Segment, measured
 from preprocessing.sample import instance_groups, semantic_groups
 from training.batch import Batch, Example, collate
@@ -34,8 +34,6 @@ from training.recipe import Recipe
 from training.recipes import recipe
 
 SEGMENTS = 24
-LABELS = LabelTable(tuple(Category(i + 1, str(i), i < 80, (0, 0, 0)) for i in range(133)))
-"""As many categories as COCO has."""
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """bf16 FLOP/s without sparsity, by the makers' data sheets."""
 
@@ -116,7 +114,7 @@ def flops_per_image(chosen: Recipe) -> float:
     """Of the network with all heads, forward and backward: matrix products and convolutions. Nothing is computed."""
     assert chosen.shards.grid is not None
     with torch.device("meta"):
-        method, images = chosen.build(LABELS), torch.zeros(1, 3, *chosen.shards.grid)
+        method, images = chosen.build(COCO), torch.zeros(1, 3, *chosen.shards.grid)
     with FlopCounterMode(display=False) as counter:
         torch.stack([x.sum() for x in method.network(images)]).sum().backward()
     return counter.get_total_flops()
@@ -158,7 +156,7 @@ def make(name: str, images: int, device: torch.device, channels_last: bool, comp
     """A fresh method; the seed is fixed, so all variants compute the same."""
     chosen = recipe(name)
     torch.manual_seed(0)
-    method = chosen.build(LABELS).to(device)
+    method = chosen.build(COCO).to(device)
     assert chosen.shards.grid is not None
     batch = collate([scene(chosen.shards.grid, seed) for seed in range(images)]).to(device)
     if channels_last:

@@ -79,13 +79,13 @@ def tune(recipe: Recipe, run: str, val_set: ShardSet, store_url: str, images: in
 
 def _look(method: Method, store_url: str, val_set: ShardSet, images: int) -> Iterator[_Seen]:
     left = images
-    for shard in val_set.shards:
-        for samples in load_samples(store_url, shard):
-            taken = samples[:left]
-            left -= len(taken)
-            if taken:
-                outputs = method.predict(method.inputs([sample.image for sample in taken]))
-                yield _Seen(outputs, tuple(sample.panoptic for sample in taken))
+    for samples in (batch for shard in val_set.shards for batch in load_samples(store_url, shard)):
+        if not left:
+            return
+        taken = samples[:left]
+        outputs = method.predict(method.inputs([sample.image for sample in taken]))
+        yield _Seen(outputs, tuple(sample.panoptic for sample in taken))
+        left -= len(taken)
 
 
 def _climb(method: Method, seen: Sequence[_Seen], candidates: dict[str, tuple[Any, ...]]) -> list[Trial]:

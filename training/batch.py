@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from preprocessing.panoptic_map import Segment
+from preprocessing.sample import Sample, decode_image
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Example:
     semantic_d2_HW: np.ndarray
     instance_d2_HW: np.ndarray
     segments: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, key: str, sample: Sample) -> "Example":
+        """A sample with its image decoded. Raises what `decode_image` does."""
+        image_HW3, maps = decode_image(sample.image), (sample.labels, sample.semantic_d2, sample.instance_d2)
+        return cls(key, image_HW3, *maps, sample.segments)
 
     def flipped(self) -> "Example":
         """Mirrored left to right; stored targets stay exact."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing.sample import decode_image, from_fields
+from preprocessing.sample import from_fields
 from preprocessing.shards import Shard, ShardSet, read_shard_samples
 from training.batch import Batch, Example, collate
 
@@ -92,22 +92,9 @@ class BatchStream(IterableDataset[Batch]):
         return iter(wds.shuffle(self.config.shuffle, initial=self.config.shuffle, rng=rng)(raw))
 
     def _example(self, fields: dict[str, Any], epoch: int) -> Example:
-        example = to_example(fields)
+        example = Example.of(fields["__key__"], from_fields(fields))
         coin = np.random.default_rng([self.config.seed, epoch, int(example.key)]).random()
         return example.flipped() if self.config.flip and coin < 0.5 else example
-
-
-def to_example(fields: dict[str, Any]) -> Example:
-    """The files of one sample in a tar -> arrays."""
-    sample = from_fields(fields)
-    return Example(
-        fields["__key__"],
-        decode_image(sample.image),
-        sample.labels,
-        sample.semantic_d2,
-        sample.instance_d2,
-        sample.segments,
-    )
 
 
 def epoch_shards(shards: tuple[Shard, ...], seed: int, epoch: int, reader: int, readers: int) -> list[Shard]:

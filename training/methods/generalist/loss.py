@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.batch import Batch
 from training.methods.generalist.config import GeneralistConfig
-from training.methods.generalist.targets import IGNORE, InstanceTargets, SemanticTargets
+from training.methods.generalist.targets import IGNORE, InstanceTargets, SemanticTargets, counted
 
 _EPSILON = 1e-8  # under square roots, whose gradient at 0 is infinite
 
@@ -42,8 +42,8 @@ def instance_losses(
         result["instance_tv"] = config.total_variation * variation
     if config.dice:
         claims = cell_claims if config.encoding == "classes" else code_claims
-        counted_BN = ~batch.crowd_BN if config.void_kept else batch.thing_BN
-        result["dice"] = config.dice * dice_loss(claims(predicted_BXHW, targets.codes_BNX), batch, counted_BN)
+        claims_BNP = claims(predicted_BXHW, targets.codes_BNX)
+        result["dice"] = config.dice * dice_loss(claims_BNP, batch, counted(batch, config))
     return result
 
 

@@ -84,9 +84,13 @@ def instance_targets(batch: Batch, config: GeneralistConfig) -> InstanceTargets:
     codes_BNX = encode(batch.centroid_BN2, batch.thing_BN, config)
     index_BPX = batch.labels_BHW.flatten(1)[..., None].expand(-1, -1, codes_BNX.shape[-1])
     dense_BXP = codes_BNX.gather(1, index_BPX).transpose(1, 2)
-    counted_BN = ~batch.crowd_BN if config.void_kept else batch.thing_BN
-    weight_BHW = eds_maps(batch, config)[1] * _to_pixels(counted_BN, batch)
+    weight_BHW = eds_maps(batch, config)[1] * _to_pixels(counted(batch, config), batch)
     return InstanceTargets(codes_BNX, dense_BXP.unflatten(2, batch.labels_BHW.shape[1:]), weight_BHW)
+
+
+def counted(batch: Batch, config: GeneralistConfig) -> Tensor:
+    """Segments whose pixels take part in the instance task, bool (B, N): no crowds; without void_kept only things."""
+    return ~batch.crowd_BN if config.void_kept else batch.thing_BN
 
 
 def encode(centroids_BN2: Tensor, thing_BN: Tensor, config: GeneralistConfig) -> Tensor:

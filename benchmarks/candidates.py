@@ -29,12 +29,13 @@ from torch import Tensor
 
 from evaluation.pq import PQStats, compare, summarise
 from infra.store import open_store
-from preprocessing.coco import CocoRecord, read_index
+from preprocessing.coco import read_index
 from preprocessing.geometry import Size, resize_labels
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.sample import decode_image, from_fields, make_sample
 from preprocessing.shards import read_set, read_shard_samples
+from preprocessing.source import Record
 from training.backbones.vit import VitConfig
 from training.batch import Example, collate
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
@@ -150,7 +151,7 @@ def on_image(dense_HW: np.ndarray, segments: Sequence[Segment]) -> PanopticMap:
 
 
 def ideal_outputs(
-    records: Sequence[CocoRecord], labels: LabelTable, config: GeneralistConfig, grid: Size
+    records: Sequence[Record], labels: LabelTable, config: GeneralistConfig, grid: Size
 ) -> Iterator[Output]:
     """What a perfect network says of the images on the grid."""
     tiny = VitConfig(patch=1, width=8, depth=4, heads=1, layers=(1, 2, 3, 4))  # never run
@@ -212,7 +213,7 @@ def noisy(outputs: Sequence[Output], noise: float) -> list[Output]:
     ]
 
 
-def by_grid(records: Sequence[CocoRecord], labels: LabelTable) -> None:
+def by_grid(records: Sequence[Record], labels: LabelTable) -> None:
     """PQ of ideal outputs at 420 x 420 by candidates per axis, stuff of any area."""
     print(f"\nideal outputs at 420 x 420, {len(records)} images\n| cells | all | things | stuff | ms |")
     outputs = list(ideal_outputs(records, labels, GeneralistConfig(), (420, 420)))

@@ -16,7 +16,7 @@ from infra import ray_cluster
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.logs import flow_logs, worth_a_retry
-from preprocessing.coco import check_layout
+from preprocessing.layouts import LAYOUTS, read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, ShardSet
 from preprocessing.synthetic import SyntheticConfig, write_set
@@ -38,16 +38,26 @@ def _known(name: str) -> str:
     return name
 
 
+def _readable(layout: str) -> str:
+    if layout not in LAYOUTS:
+        raise TesseraError(f"layout {layout!r}: there is none, there are {', '.join(LAYOUTS)}")
+    return layout
+
+
 class TrainCoco(BaseModel):
     """Parameters of train-coco."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(
-        SYNTHETIC,
-        description="Folder in COCO's layout that every Ray worker can read, or 'synthetic': made here.",
+        SYNTHETIC, description="Folder of the data set, which every Ray worker can read, or 'synthetic': made here."
     )
-    train_split: str = Field("train2017", description="Images in <data>/<split>, masks in annotations.")
+    layout: Annotated[str, AfterValidator(_readable)] = Field(
+        "coco",
+        description="How the data set is laid out; see docs/data.md.",
+        json_schema_extra={"enum": [*LAYOUTS]},
+    )
+    train_split: str = Field("train2017", description="The split that is trained on.")
     val_split: str = Field("val2017", description="The split that PQ is measured on.")
     storage: str = Field(
         ".tessera/store", description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*)."
@@ -100,8 +110,6 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         with ray_cluster.session(job.ray, job.workers if job.gpus else 0):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
-            if val_set.labels != train_set.labels:  # weights know categories by their place in the table
-                raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories")
             run = train(job, chosen, train_set)
             report = evaluate_run(job, chosen, run, val_set)
         log.info("report: %s", report.url)
@@ -118,8 +126,9 @@ def check_storage(storage: str) -> None:
 def find_data(job: TrainCoco) -> Path:
     """The data set's folder; the synthetic one is written where it is not there yet."""
     root = data_root(job)
-    for split in (job.train_split, job.val_split):
-        check_layout(root, split)
+    train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
+    if train_index.labels != val_index.labels:  # weights know categories by their place in the table
+        raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories")
     return root
 
 
@@ -142,7 +151,7 @@ def check_recipe(chosen: Recipe) -> None:
 @_step
 def precompute_split(job: TrainCoco, root: Path, split: str, config: ShardConfig) -> ShardSet:
     """Shards of one split."""
-    return precompute(root, split, config, job.storage, job.bad_share)
+    return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
 
 
 @_step

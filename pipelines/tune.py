@@ -6,7 +6,6 @@ JOB is the JSON that train-coco ran with. Prints the options to give it next tim
 import json
 import logging
 import sys
-from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -14,16 +13,17 @@ from evaluation.tune import tune
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.train_coco import TrainCoco, data_root
-from preprocessing.coco import read_index
-from preprocessing.shards import ShardConfig, ShardSet, plan, read_set, set_path
+from preprocessing.layouts import read_index
+from preprocessing.shards import ShardConfig, ShardSet, plan, read_set
+from preprocessing.source import Index
 from training.run import read_run
 
 
 def main(job: TrainCoco) -> None:
     """Find the run and its val shards on the store, tune, print."""
     chosen, root, storage = job.resolved(), data_root(job), open_store(job.storage).url
-    train_set = _finished(storage, root, job.train_split, chosen.shards)
-    val_set = _finished(storage, root, job.val_split, chosen.val_shards)
+    train_set = _finished(storage, read_index(root, job.train_split, job.layout), chosen.shards)
+    val_set = _finished(storage, read_index(root, job.val_split, job.layout), chosen.val_shards)
     run = read_run(storage, chosen.run_path(train_set.path))
     if run is None:
         raise TesseraError(f"{storage}: no finished run of this job; run train-coco first")
@@ -33,11 +33,11 @@ def main(job: TrainCoco) -> None:
     print(f"options: {json.dumps(job.options | found.options())}")
 
 
-def _finished(storage: str, root: Path, split: str, config: ShardConfig) -> ShardSet:
-    index = read_index(root, split)
-    found = read_set(open_store(storage), set_path(index, config, plan(index, config)))
+def _finished(storage: str, index: Index, config: ShardConfig) -> ShardSet:
+    store = open_store(storage)
+    found = read_set(store, plan(store, index, config).path)
     if found is None:
-        raise TesseraError(f"{storage}: no shards of {root} {split} for this job; run train-coco first")
+        raise TesseraError(f"{storage}: no shards of this job's data; run train-coco first")
     return found
 
 

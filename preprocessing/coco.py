@@ -1,12 +1,11 @@
-"""COCO's panoptic layout: an annotation JSON, a folder of RGB-id PNGs, a folder of images."""
+"""COCO's panoptic layout: an annotation JSON, a folder of RGB-id PNGs, a folder of images; or the published zips."""
 
-import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,125 +14,205 @@ from PIL import Image
 
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
-from preprocessing.kernels import UNKNOWN, relabel
+from preprocessing.files import File, Folder, Tree
+from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment, measured
+from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
+from preprocessing.source import (
+    BadSample,
+    Defect,
+    Index,
+    Record,
+    Rejected,
+    read_file,
+    stable_id,
+    without_repeats,
+)
 
-
-class BadSample(Exception):
-    """A sample that cannot be used; its text is the reason kept in the manifest."""
+_NAMED = 5
+"""Of many ids of one kind, so many are named one by one."""
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A sample set aside."""
+class CocoRecord(Record):
+    """A sample in COCO's layout, with its own rows of the annotation JSON."""
 
-    sample: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class CocoRecord:
-    """What one task needs to read one sample: paths and the sample's own rows of the annotation JSON."""
-
-    image_id: int
-    image_path: str
-    png_path: str
-    size: tuple[int, int]
-    """Height, width, as the JSON says."""
+    mask: File
     segments_info: tuple[dict[str, Any], ...]
 
-    def fingerprint(self) -> str:
-        """Hash of the sample's rows and of its files' names and sizes: changes when the sample does.
+    @property
+    def masks(self) -> tuple[File, ...]:
+        """The PNG of RGB ids."""
+        return (self.mask,)
 
-        File sizes stand for their contents: reading every byte of a full COCO to find out that nothing
-        changed would cost as much as computing the targets.
-        """
-        sizes = [_file_size(path) for path in (self.image_path, self.png_path)]
-        names = [Path(path).name for path in (self.image_path, self.png_path)]
-        facts = [self.image_id, names, sizes, self.size, self.segments_info]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def facts(self) -> Any:
+        """The rows."""
+        return self.segments_info
+
+    def read_truth(self, labels: LabelTable, defects: list[Defect]) -> PanopticMap | None:
+        """The map whose id i is the i-th row (1-based); areas and boxes are counted, not believed."""
+        rows = self._rows(labels, defects)
+        data = read_file(self, self.mask, defects)
+        if data is None:
+            return None
+        try:
+            labels_HW, *measures = _read_labels(data, np.array([*rows], np.int32))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            defects.append(self.defect(f"not a readable panoptic PNG ({error})"))
+            return None
+        unlisted_HW = labels_HW == UNKNOWN
+        if unlisted_HW.any():
+            defects += self._unlisted(np.where(unlisted_HW, rgb_ids.read_png(data), 0))
+            labels_HW[unlisted_HW] = 0
+        segments = tabulate([segment for _, segment in rows.values()], *measures)
+        defects += self._lies([row for row, _ in rows.values()], segments)
+        if not segments:
+            defects.append(self.defect("every pixel is void", usable=True))
+        return PanopticMap(labels_HW.astype(np.int32), tuple(segments))
+
+    def _rows(self, labels: LabelTable, defects: list[Defect]) -> dict[int, tuple[dict[str, Any], Segment]]:
+        """By the id in the PNG: the rows whose id can be understood, and their segments."""
+        if len(self.segments_info) >= UNKNOWN:
+            defects.append(self.defect(f"{len(self.segments_info)} segments in one image; at most {UNKNOWN - 1} fit"))
+            return {}
+        found: dict[int, tuple[dict[str, Any], Segment]] = {}
+        for row in self.segments_info:
+            try:
+                number = _number(row, "id")
+                if number in found:
+                    raise BadSample(f"segment {number} is listed more than once")
+                if not 1 <= number <= rgb_ids.MAX_ID:
+                    raise BadSample(f"segment id {number}; expected 1 to {rgb_ids.MAX_ID}")
+                found[number] = row, Segment(0, 0, False)  # its pixels are its own even if its category is none
+                found[number] = row, self._segment(row, labels)
+            except BadSample as problem:
+                written = row.get("id")
+                defects.append(self.defect(str(problem), segment=written if isinstance(written, int) else None))
+        return found
+
+    def _segment(self, row: dict[str, Any], labels: LabelTable) -> Segment:
+        category = labels.contiguous.get(_number(row, "category_id"))
+        if category is None:
+            raise BadSample(f"segment {row['id']} has the unknown category {row['category_id']}")
+        return Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0)))
+
+    def _unlisted(self, ids_HW: NDArray[np.int32]) -> Iterator[Defect]:
+        """Ids that only the PNG has; ids_HW is 0 elsewhere."""
+        ids, first, counts = np.unique(ids_HW[ids_HW > 0], return_index=True, return_counts=True)
+        ys, xs = np.nonzero(ids_HW)
+        for at in np.argsort(-counts)[:_NAMED]:
+            where = f"the first at x={xs[first[at]]}, y={ys[first[at]]}"
+            problem = f"segment {ids[at]} covers {counts[at]} px, {where}, but is not in the JSON"
+            yield self.defect(problem, segment=int(ids[at]))
+        if len(ids) > _NAMED:
+            yield self.defect(f"{len(ids) - _NAMED} more segments are not in the JSON")
+
+    def _lies(self, rows: list[dict[str, Any]], segments: list[Segment]) -> Iterator[Defect]:
+        """What the JSON's rows say otherwise than the pixels of their segments."""
+        stuff = Counter(s.category for s in segments if not s.is_thing)
+        for row, segment in zip(rows, segments, strict=True):
+            tell = partial(self.defect, segment=int(row["id"]))
+            if segment.area == 0:
+                yield tell(f"segment {row['id']} is in the JSON but has no pixel in the PNG")
+                continue
+            for name, counted in (("area", segment.area), ("bbox", list(segment.box))):
+                if name in row and row[name] != counted:
+                    problem = f"segment {row['id']} has the {name} {row[name]} in the JSON, counted {counted}"
+                    yield tell(problem, usable=True)
+            if not segment.is_thing and segment.is_crowd:
+                yield tell(f"segment {row['id']} is stuff and a crowd", usable=True)
+            if not segment.is_thing and stuff[segment.category] > 1:
+                yield tell(f"segment {row['id']} is one of several of its stuff category; COCO has one", usable=True)
 
 
-@dataclass(frozen=True)
-class CocoIndex:
-    """One split of a data set, read once by the driver."""
-
-    labels: LabelTable
-    records: tuple[CocoRecord, ...]
-    rejected: tuple[Rejected, ...]
-
-
-def read_index(root: str | Path, split: str) -> CocoIndex:
+def read_index(root: str | Path, split: str) -> Index:
     """Read `root/annotations/panoptic_<split>.json` and pair it with `root/<split>/` images and PNGs.
 
-    Raises TesseraError for a missing folder or file, a JSON that is not a panoptic one, and an empty data
-    set. Entries that cannot be paired (a PNG without JSON entry, an entry without image) are rejected.
+    Each of the three may lie in a zip at the root; the PNGs also in `panoptic_<split>.zip` beside the JSON or in
+    the zip that holds the JSON, as COCO publishes them. Raises TesseraError for a missing folder or file, a
+    JSON that is not a panoptic one, and an empty data set. Entries that cannot be paired are rejected: a PNG
+    without JSON entry, an entry without image, an image with two entries.
     """
-    annotation_file, masks, images = check_layout(root, split)
+    annotation_file, masks, images = find(Tree(root), split)
     content = _read_json(annotation_file)
     labels = LabelTable.from_coco(content["categories"], str(annotation_file))
-    image_by_id = {entry.get("id"): entry for entry in content["images"]}
-    if len(image_by_id) < len(content["images"]):
-        counts = Counter(entry.get("id") for entry in content["images"])
-        raise TesseraError(
-            f"{annotation_file}: image ids {[i for i, n in counts.items() if n > 1][:5]} are listed twice"
-        )
-    records, rejected = [], []
+    images_by_id = _by_id(content["images"])
+    records: list[Record] = []
+    rejected: list[Rejected] = []
     for entry in content["annotations"]:
         try:
-            records.append(_record(entry, image_by_id, masks, images))
+            records.append(_record(entry, images_by_id, masks, images))
         except BadSample as problem:
-            rejected.append(Rejected(str(entry.get("file_name", entry.get("image_id"))), str(problem)))
-    rejected += _unpaired(content["annotations"], image_by_id, masks)
+            rejected.append(Rejected(None, f"{masks.path}/{entry.get('file_name')}", str(problem)))
+    records, repeated = without_repeats(records)
+    rejected += repeated + list(_unpaired(content["annotations"], images_by_id, masks, images))
     if not records and content["annotations"]:
-        shown = "; ".join(f"{r.sample}: {r.reason}" for r in rejected[:5])
-        raise TesseraError(f"{annotation_file}: no usable sample ({shown})")
+        raise TesseraError(f"{annotation_file}: no usable sample ({'; '.join(map(str, rejected[:5]))})")
     if not records:
         raise TesseraError(f"{annotation_file}: the data set is empty, no image has an annotation")
-    return CocoIndex(labels, tuple(records), tuple(rejected))
+    return Index(labels, tuple(records), tuple(rejected))
 
 
-def check_layout(root: str | Path, split: str) -> tuple[Path, Path, Path]:
+def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
     """Annotation JSON, PNG folder and image folder of a split. TesseraError naming what is not there."""
-    folder = Path(root)
-    masks = folder / "annotations" / f"panoptic_{split}"
-    paths = masks.with_name(f"{masks.name}.json"), masks, folder / split
-    for path in (folder, *paths):
-        if not (path.is_file() if path == paths[0] else path.is_dir()):
-            raise TesseraError(f"{path}: not found (expected COCO's layout under {folder})")
-    return paths
+    masks = f"annotations/panoptic_{split}"
+    found = tree.file(f"{masks}.json"), tree.folder(masks), tree.folder(split)
+    for path, part in zip((f"{masks}.json", masks, split), found, strict=True):
+        if part is None:
+            raise TesseraError(f"{tree.root / path}: not found (expected COCO's layout under {tree.root})")
+    annotation_file, png_folder, images = found
+    assert annotation_file
+    assert png_folder
+    assert images
+    return annotation_file, png_folder, images
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(file: File) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise TesseraError(f"{path}: not valid JSON ({error})") from error
+        content = json.loads(file.read())
+    except (OSError, ValueError) as error:
+        raise TesseraError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise TesseraError(f"{path}: holds a {type(content).__name__}; expected a COCO panoptic JSON")
+        raise TesseraError(f"{file}: holds a {type(content).__name__}; expected a COCO panoptic JSON")
     missing = {"images", "annotations", "categories"} - set(content)
     if missing:
-        raise TesseraError(f"{path}: lacks {sorted(missing)}; expected a COCO panoptic JSON")
+        raise TesseraError(f"{file}: lacks {sorted(missing)}; expected a COCO panoptic JSON")
     if content["annotations"] and "segments_info" not in content["annotations"][0]:
-        raise TesseraError(f"{path}: annotations have no segments_info (is this the detection JSON?)")
+        raise TesseraError(f"{file}: annotations have no segments_info (is this the detection JSON?)")
     return content
 
 
-def _record(entry: dict[str, Any], image_by_id: dict[int, dict[str, Any]], masks: Path, images: Path) -> CocoRecord:
-    image_id, rows = _whole(entry, "image_id"), entry.get("segments_info")
-    image = image_by_id.get(image_id)
-    if image is None:
-        raise BadSample(f"image id {image_id} is not in the JSON's images")
+def _by_id(images: Iterable[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    """The JSON's images by their id, as it is written there."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for image in images:
+        number = image.get("id")
+        found.setdefault(number if isinstance(number, int | str) else None, []).append(image)
+    return found
+
+
+def _record(
+    entry: dict[str, Any], images_by_id: dict[Any, list[dict[str, Any]]], masks: Folder, images: Folder
+) -> CocoRecord:
+    written, rows = entry.get("image_id"), entry.get("segments_info")
+    image_id = _image_id(written)
+    listed = images_by_id.get(written, [])
+    if len(listed) != 1:
+        count = f"is listed {len(listed)} times" if listed else "is not"
+        raise BadSample(f"image id {written} {count} in the JSON's images, expected once")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadSample("segments_info is no list of objects")
-    return CocoRecord(
-        image_id,
-        str(images / _name(image)),
-        str(masks / _name(entry)),
-        (_whole(image, "height"), _whole(image, "width")),
-        tuple(rows),
-    )
+    size = _whole(listed[0], "height"), _whole(listed[0], "width")
+    return CocoRecord(image_id, images.file(_name(listed[0])), size, masks.file(_name(entry)), tuple(rows))
+
+
+def _image_id(written: Any) -> int:
+    """A number is itself; names, as converters of other data sets write them, get one."""
+    if isinstance(written, str) and written.isprintable():
+        return stable_id(written)
+    if not isinstance(written, int):
+        raise BadSample(f"image_id is {written!r}, expected an integer or a name")
+    return written
 
 
 def _whole(entry: dict[str, Any], field: str) -> int:
@@ -147,117 +226,43 @@ def _name(entry: dict[str, Any]) -> str:
     name = entry.get("file_name")
     if not isinstance(name, str) or not name.isprintable():
         raise BadSample(f"file_name is {name!r}, expected a path")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise BadSample(f"file name {name!r} leads outside the data set")
     return name
 
 
-def _unpaired(
-    annotations: Iterable[dict[str, Any]], image_by_id: dict[int, dict[str, Any]], masks: Path
-) -> list[Rejected]:
-    """PNGs and images that no annotation mentions, and images annotated twice."""
-    annotated = Counter(i for entry in annotations if isinstance(i := entry.get("image_id"), int))
-    named = {str(entry.get("file_name")) for entry in annotations}
-    orphans = sorted(path.name for path in masks.iterdir() if path.suffix == ".png" and path.name not in named)
-    lone = [str(entry.get("file_name", key)) for key, entry in image_by_id.items() if key not in annotated]
-    twice = [str(key) for key, count in annotated.items() if count > 1]
-    if twice:
-        raise TesseraError(f"{masks}.json: image ids {twice[:5]} have more than one annotation")
-    return [Rejected(name, "the PNG has no entry in the JSON") for name in orphans] + [
-        Rejected(name, "the image has no annotation in the JSON") for name in lone
-    ]
-
-
-def read_sample(record: CocoRecord, labels: LabelTable) -> tuple[bytes, PanopticMap]:
-    """The image file's bytes, checked to decode, and the panoptic map with dense ids 1..N in JSON order.
-
-    Raises BadSample when a file is missing, truncated or of another size, when PNG and JSON disagree about
-    an id, and when a category is unknown.
-    """
-    image = _read_file(record.image_path)
-    with _decoded(image, record.image_path) as picture:
-        image_size = (picture.height, picture.width)
-    raw_HW = _read_ids(record.png_path)
-    for what, size in (("image", image_size), ("PNG", raw_HW.shape)):
-        if size != record.size:
-            raise BadSample(f"the {what} is {size[1]}x{size[0]}, the JSON says {record.size[1]}x{record.size[0]}")
-    return image, panoptic_map(raw_HW, record.segments_info, labels)
-
-
-def panoptic_map(raw_HW: NDArray[np.int32], segments_info: Iterable[dict[str, Any]], labels: LabelTable) -> PanopticMap:
-    """Pair a map of raw ids with its rows of the JSON.
-
-    raw_HW: int32 (H, W), 0 = void. Returns a map whose id i is the i-th row (1-based), areas counted.
-    Raises BadSample naming the id: repeated, zero, in only one of the two, or of an unknown category.
-    """
-    rows = list(segments_info)
-    wide = np.array([_field(row, "id") for row in rows], object)
-    _refuse_bad_ids(wide)
-    ids = wide.astype(np.int32)
-    order = np.argsort(ids)
-    dense_HW = relabel(raw_HW, ids[order], (order + 1).astype(np.uint16))
-    unlisted = raw_HW[dense_HW == UNKNOWN]
-    if unlisted.size:
-        raise BadSample(f"segment {unlisted[0]} covers {(unlisted == unlisted[0]).sum()} px but is not in the JSON")
-    segments = measured(dense_HW, [_segment(row, labels) for row in rows])
-    for row, segment in zip(rows, segments, strict=True):
-        if segment.area == 0:
-            raise BadSample(f"segment {row['id']} is in the JSON but has no pixel in the PNG")
-    return PanopticMap(dense_HW.astype(np.int32), tuple(segments))
-
-
-def _segment(row: dict[str, Any], labels: LabelTable) -> Segment:
-    category = labels.contiguous.get(_field(row, "category_id"))
-    if category is None:
-        raise BadSample(f"segment {row['id']} has the unknown category {row['category_id']}")
-    return Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0)))
-
-
-def _refuse_bad_ids(ids_N: NDArray[np.int32]) -> None:
-    if ids_N.size >= UNKNOWN:
-        raise BadSample(f"{ids_N.size} segments in one image; at most {UNKNOWN - 1} fit")
-    values, counts = np.unique(ids_N, return_counts=True)
-    if (counts > 1).any():
-        raise BadSample(f"segment {values[counts > 1][0]} is listed more than once")
-    if values.size and (values[0] <= 0 or values[-1] > rgb_ids.MAX_ID):
-        raise BadSample(f"segment ids run from {values[0]} to {values[-1]}; expected 1 to {rgb_ids.MAX_ID}")
-
-
-def _field(row: dict[str, Any], name: str) -> int:
+def _number(row: dict[str, Any], name: str) -> int:
     try:
         return int(row[name])
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise BadSample(f"segment {row.get('id')} has no integer {name!r}") from error
 
 
-def _read_file(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadSample(f"{path}: cannot be read ({error.strerror})") from error
+def _unpaired(
+    annotations: Iterable[dict[str, Any]],
+    images_by_id: dict[Any, list[dict[str, Any]]],
+    masks: Folder,
+    images: Folder,
+) -> Iterator[Rejected]:
+    """PNGs and images that no annotation mentions."""
+    named = {str(entry.get("file_name")) for entry in annotations}
+    annotated = {i for entry in annotations if isinstance(i := entry.get("image_id"), int | str)}
+    for name in sorted(masks.files.keys() - named):
+        if name.endswith(".png"):
+            yield Rejected(None, str(masks.files[name]), "the PNG has no entry in the JSON")
+    stems = {PurePosixPath(name).stem for name in named}  # an entry of a broken id is rejected, its image is no second
+    for number, entries in images_by_id.items():
+        for entry in entries:
+            name = str(entry.get("file_name", number))
+            if number not in annotated and PurePosixPath(name).stem not in stems:
+                reason = "the image has no annotation in the JSON"
+                yield Rejected(number if isinstance(number, int) else None, f"{images.path}/{name}", reason)
 
 
-def _decoded(data: bytes, path: str) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-        # Pillow fills what an interrupted download left as zeros with grey; some cameras write after the end
-        if picture.format == "JPEG" and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]:
-            raise OSError("the JPEG has no end marker")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f"{path}: not a readable image ({error})") from error
-    return picture
+def _read_labels(data: bytes, ids_N: NDArray[np.int32]) -> Any:
+    from preprocessing.kernels import measure, relabel
 
-
-def _read_ids(path: str) -> NDArray[np.int32]:
-    try:
-        return rgb_ids.read_png(_read_file(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f"{path}: not a readable panoptic PNG ({error})") from error
-
-
-def _file_size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return -1  # missing: the shard task rejects the sample with its reason
+    raw_HW = rgb_ids.read_png(data)
+    order = np.argsort(ids_N)
+    dense_HW = relabel(raw_HW, ids_N[order], (order + 1).astype(np.uint16))
+    return dense_HW, *measure(np.where(dense_HW == UNKNOWN, 0, dense_HW), len(ids_N))

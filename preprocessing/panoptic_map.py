@@ -54,7 +54,16 @@ def measured(labels_HW: NDArray[np.uint16], segments: Sequence[Segment]) -> list
     labels_HW: uint16 (H, W), 0 = void; segments[i] has the label i + 1, which becomes its id. Segments
     without pixels get area 0.
     """
-    area_N, box_N4, centroid_N2 = measure(labels_HW, len(segments))
+    return tabulate(segments, *measure(labels_HW, len(segments)))
+
+
+def tabulate(
+    segments: Sequence[Segment],
+    area_N: NDArray[np.int64],
+    box_N4: NDArray[np.int64],
+    centroid_N2: NDArray[np.float64],
+) -> list[Segment]:
+    """The segments with what `kernels.measure` found: row i + 1 is segments[i]'s, and its id."""
     result = []
     for label, segment in enumerate(segments, start=1):
         x, y, width, height = (int(value) for value in box_N4[label])

@@ -1,41 +1,75 @@
 """Precompute as Ray tasks, one a shard."""
 
 import logging
-from pathlib import Path
+import resource
+import time
+from dataclasses import dataclass
 
 from infra import ray_cluster
 from infra.store import open_store
-from preprocessing.coco import read_index
-from preprocessing.shards import Shard, ShardConfig, ShardSet, check, commit, compute_shard, plan, read_set, set_path
+from preprocessing.shards import (
+    Shard,
+    ShardConfig,
+    ShardJob,
+    ShardSet,
+    check,
+    commit,
+    compute_shard,
+    forget_lost,
+    plan,
+    read_set,
+)
+from preprocessing.source import Index
 
 log = logging.getLogger("tessera.precompute")
 
 
-def precompute(root: str | Path, split: str, config: ShardConfig, store_url: str, bad_share: float = 0.01) -> ShardSet:
-    """Make all shards of one split and its manifest; what is there already is left as it is.
+@dataclass(frozen=True)
+class Computed:
+    """A shard, and what it took."""
 
-    Needs a Ray connection. Raises TesseraError as `read_index` and `commit` do.
+    shard: Shard
+    seconds: float
+    """CPU time of the task."""
+    peak_bytes: int
+    """Most memory that the worker process has held so far."""
+
+
+def precompute(name: str, index: Index, config: ShardConfig, store_url: str, bad_share: float = 0.01) -> ShardSet:
+    """Make all shards of one split, called `name` in the log, and its manifest; what is there is left as it is.
+
+    Shards that the store has lost since the set was finished are made again. Needs a Ray connection. Raises
+    TesseraError as `commit` does.
     """
     store = open_store(store_url)
-    index = read_index(root, split)
-    jobs = plan(index, config)
-    path = set_path(index, config, jobs)
-    finished = read_set(store, path)
+    planned = plan(store, index, config)
+    finished = read_set(store, planned.path)
+    jobs = planned.jobs if finished is None else forget_lost(store, planned.jobs, finished)
     if finished is not None:
         check(finished, bad_share)
-        log.info("%s: %d shards are there already (%s)", split, len(finished.shards), path)
-        return finished
-    log.info("%s: %d samples in %d shards", split, len(index.records), len(jobs))
-    order = {job.key: position for position, job in enumerate(jobs)}
-    done: list[Shard] = []
+        log.info("%s: %d shards are there already (%s)", name, len(finished.shards) - len(jobs), planned.path)
+    else:
+        taken = f", some from {', '.join(planned.extends)}" if planned.extends else ""
+        log.info("%s: %d samples in %d shards%s", name, len(index.records), len(jobs), taken)
+    done: list[Computed] = []
 
-    def report(shard: Shard) -> None:
-        done.append(shard)
-        samples, megabytes = len(shard.image_ids), shard.bytes / 1e6
-        log.info("%s: shard %d of %d, %d samples, %.1f MB", split, len(done), len(jobs), samples, megabytes)
+    def report(computed: Computed) -> None:
+        done.append(computed)
+        shard, megabytes = computed.shard, computed.shard.bytes / 1e6
+        cost = f"{computed.seconds:.1f} s CPU, worker's peak {computed.peak_bytes / 1e6:.0f} MB"
+        place = f"{len(done)} of {len(jobs)}"
+        log.info("%s: shard %s, %d samples, %.1f MB, %s", name, place, len(shard.image_ids), megabytes, cost)
         for rejected in shard.rejected:
-            log.warning("%s: sample %s set aside: %s", split, rejected.sample, rejected.reason)
+            log.warning("%s: set aside: %s", name, rejected)
 
-    shards = ray_cluster.map_tasks(compute_shard, ((store.url, job) for job in jobs), report)
-    shards.sort(key=lambda shard: order[shard.key])
-    return commit(store, path, index, config, shards, bad_share)
+    ray_cluster.map_tasks(_compute, ((store.url, job) for job in jobs), report)
+    if finished is not None:
+        return finished
+    return commit(store, planned, index, config, [computed.shard for computed in done], bad_share)
+
+
+def _compute(store_url: str, job: ShardJob) -> Computed:
+    started = time.process_time()
+    shard = compute_shard(store_url, job)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return Computed(shard, time.process_time() - started, peak)

@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,18 @@ import zstandard
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing.coco import CocoRecord, read_sample
 from preprocessing.geometry import Size, resize_labels
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
+from preprocessing.source import Record, usable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every shard's key: raise it when the meaning or layout of a sample changes."""
 
 ARRAYS = ("labels", "semantic_d2", "instance_d2")
-FIELDS = frozenset({"jpg", "json", *(f"{name}.zst" for name in ARRAYS)})
-"""The files of one sample in a tar."""
+FIELDS = frozenset({"jpg", "json", "labels.zst"})
+"""The files that every sample has in a tar."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Sample:
     labels: NDArray[Any]
     """uint8 (H, W), 0 = void, i = segments[i - 1]; uint16 above 255 segments."""
     segments: tuple[Segment, ...]
-    semantic_d2: NDArray[np.uint16]
-    """(H, W), squared pixels to the nearest boundary between categories, clipped at radius^2."""
-    instance_d2: NDArray[np.uint16]
+    semantic_d2: NDArray[np.uint16] | None = None
+    """(H, W), squared pixels to the nearest boundary between categories, clipped at radius^2; None for radius 0."""
+    instance_d2: NDArray[np.uint16] | None = None
     """(H, W), the same for boundaries between thing instances and all else."""
 
     @property
@@ -48,23 +47,27 @@ class Sample:
         return PanopticMap(self.labels.astype(np.int32), self.segments)
 
 
-def make_sample(record: CocoRecord, labels: LabelTable, grid: Size | None, radius: int) -> Sample:
+def make_sample(record: Record, labels: LabelTable, grid: Size | None, radius: int) -> Sample:
     """Read one source sample and compute its targets on `grid` (None: the image's own size).
 
-    Image and map are squashed to the grid, as the paper does. Raises coco.BadSample.
+    Image and map are squashed to the grid, as the paper does. radius: of the distances, pixels; 0 leaves them out.
+    Raises source.BadSample.
     """
-    image, truth = read_sample(record, labels)
-    if grid is not None and truth.size != grid:
-        image = _to_jpeg(decode_image(image, grid))
-    labels_HW, segments = _on_grid(truth, grid or truth.size)
+    found = usable(record.examine(labels))
+    assert found.truth is not None
+    assert found.picture is not None
+    image = found.data
+    if grid is not None and found.truth.size != grid:
+        image = _to_jpeg(_rgb(found.picture, grid))
+    labels_HW, segments = _on_grid(found.truth, grid or found.truth.size)
+    groups = (semantic_groups(segments), instance_groups(segments)) if radius else ()
     return Sample(
         record.image_id,
-        Path(record.image_path).name,
+        record.image.name,
         image,
         labels_HW.astype(np.uint8 if len(segments) <= 255 else np.uint16),
         segments,
-        squared_distance(labels_HW, semantic_groups(segments), radius),
-        squared_distance(labels_HW, instance_groups(segments), radius),
+        *(squared_distance(labels_HW, group_N, radius) for group_N in groups),
     )
 
 
@@ -103,18 +106,22 @@ def decode_image(data: bytes, grid: Size | None = None) -> NDArray[np.uint8]:
     EXIF rotation is ignored, as COCO's annotations do.
     """
     with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")
+        return _rgb(image, grid)
+
+
+def _rgb(image: Image.Image, grid: Size | None) -> NDArray[np.uint8]:
+    rgb = image.convert("RGB")
     if grid is not None and (rgb.height, rgb.width) != grid:
         rgb = rgb.resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
     return np.asarray(rgb)
 
 
 def to_fields(sample: Sample) -> dict[str, bytes]:
-    """The sample as the files of a WebDataset tar: `jpg`, `json` and one zstd file an array.
+    """The sample as the files of a WebDataset tar: `jpg`, `json` and one zstd file for each array that it has.
 
     `json` declares dtype and shape of each array, so nothing is ever unpickled.
     """
-    arrays = {name: getattr(sample, name) for name in ARRAYS}
+    arrays = {name: array for name in ARRAYS if (array := getattr(sample, name)) is not None}
     facts = {
         "image_id": sample.image_id,
         "file_name": sample.file_name,

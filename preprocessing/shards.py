@@ -9,7 +9,9 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import webdataset as wds
@@ -18,13 +20,14 @@ from webdataset import tariterators
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store, open_store
-from preprocessing.coco import BadSample, CocoIndex, CocoRecord, Rejected
 from preprocessing.geometry import Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import LabelTable
 from preprocessing.sample import FIELDS, SCHEMA_VERSION, make_sample, to_fields
+from preprocessing.source import BadSample, Index, Record, Rejected
 
 FOLDER = "precompute"
+_EARLIER = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,13 @@ class ShardConfig:
     grid: Size | None = None
     """Height, width of the pixel grid; None keeps each image's own (what evaluation wants)."""
     radius: int = 50
-    """Distances are exact up to here, in pixels of the grid; EDS needs 2.5 D."""
+    """Distances are exact up to here, in pixels of the grid; EDS needs 2.5 D. 0: none, as evaluation wants."""
     samples: int = 128
     """Samples in one shard: the unit of work of every step."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.radius <= MAX_RADIUS:
-            raise TesseraError(f"shards: radius {self.radius} is not in 1..{MAX_RADIUS}")
+        if not 0 <= self.radius <= MAX_RADIUS:
+            raise TesseraError(f"shards: radius {self.radius} is not in 0..{MAX_RADIUS}")
         if self.samples < 1 or (self.grid and min(self.grid) < 1):
             raise TesseraError(f"shards: samples {self.samples} and grid {self.grid} must be positive")
 
@@ -51,7 +54,10 @@ class Shard:
 
     key: str
     """Key of the tar under the store's root; no object if every sample was rejected."""
+    records: tuple[int, ...]
+    """Image ids that it was made from."""
     image_ids: tuple[int, ...]
+    """Those that it holds, in the order of the tar."""
     bytes: int
     sha256: str
     rejected: tuple[Rejected, ...]
@@ -78,27 +84,79 @@ class ShardJob:
     """What one task computes. Small: it holds rows of the JSON, no pixels."""
 
     key: str
-    records: tuple[CocoRecord, ...]
+    records: tuple[Record, ...]
     labels: LabelTable
     config: ShardConfig
 
 
-def plan(index: CocoIndex, config: ShardConfig) -> list[ShardJob]:
-    """Cut the index into jobs, in the order of the annotation file."""
-    jobs = []
-    for start in range(0, len(index.records), config.samples):
-        records = index.records[start : start + config.samples]
-        name = artifacts.digest(
-            SCHEMA_VERSION, config.grid, config.radius, index.labels, [r.fingerprint() for r in records]
-        )
-        jobs.append(ShardJob(f"{FOLDER}/shards/{name}.tar", records, index.labels, config))
-    return jobs
+@dataclass(frozen=True)
+class Plan:
+    """How a data set becomes shards."""
+
+    path: str
+    """Folder of its manifest."""
+    jobs: tuple[ShardJob, ...]
+    extends: tuple[str, ...]
+    """Folders of the earlier sets whose shards it takes over."""
 
 
-def set_path(index: CocoIndex, config: ShardConfig, jobs: Sequence[ShardJob]) -> str:
-    """Folder of the set's manifest."""
-    inputs = [job.key for job in jobs] + [artifacts.digest(index.rejected)]
-    return artifacts.step_path(FOLDER, SCHEMA_VERSION, config, inputs)
+def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
+    """Cut an index into shards: those of earlier sets on the store as they are, then what is new, in its own order.
+
+    So a data set that has grown costs what it has grown by. Earlier sets are those with the same labels and
+    config; the newest are asked first. A shard is taken over if all of its samples are in the index unchanged.
+    """
+    family = f"{FOLDER}/{artifacts.digest(SCHEMA_VERSION, index.labels, config)}"
+    with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
+        prints = list(pool.map(lambda record: record.fingerprint(), index.records))
+    left = {record.image_id: (record, known) for record, known in zip(index.records, prints, strict=True)}
+    jobs, extends = list[ShardJob](), list[str]()
+    for earlier in _newest_sets(store, family) if left else ():
+        count = len(jobs)
+        for shard in earlier.shards:
+            if all(i in left for i in shard.records):
+                job = _job([left[i] for i in shard.records], index.labels, config)
+                if job.key == shard.key:
+                    jobs.append(job)
+                    for i in shard.records:
+                        del left[i]
+        extends += [earlier.path] if len(jobs) > count else []
+    rest = list(left.values())
+    jobs += [
+        _job(rest[start : start + config.samples], index.labels, config)
+        for start in range(0, len(rest), config.samples)
+    ]
+    inputs = [
+        *sorted(job.key for job in jobs),
+        artifacts.digest([(r.image_id, PurePath(r.file).name, r.reason) for r in index.rejected]),
+    ]
+    return Plan(artifacts.step_path(family, SCHEMA_VERSION, config, inputs), tuple(jobs), tuple(extends))
+
+
+def _job(samples: Sequence[tuple[Record, str]], labels: LabelTable, config: ShardConfig) -> ShardJob:
+    name = artifacts.digest(SCHEMA_VERSION, config.grid, config.radius, labels, [known for _, known in samples])
+    return ShardJob(f"{FOLDER}/shards/{name}.tar", tuple(record for record, _ in samples), labels, config)
+
+
+def _newest_sets(store: Store, family: str) -> Iterator[ShardSet]:
+    """The last sets of a family, newest first; more would cost more to read than they save."""
+    manifests = [entry for entry in store.list(f"{family}/") if entry.key.endswith(f"/{artifacts.MANIFEST}")]
+    for entry in sorted(manifests, key=lambda entry: entry.modified, reverse=True)[:_EARLIER]:
+        found = read_set(store, entry.key.removesuffix(f"/{artifacts.MANIFEST}"))
+        if found is not None:
+            yield found
+
+
+def forget_lost(store: Store, jobs: Sequence[ShardJob], done: ShardSet) -> list[ShardJob]:
+    """The jobs whose tar a finished set lists and the store has lost or cut.
+
+    Their records are deleted, so that `compute_shard` makes them again.
+    """
+    sizes = {entry.key: entry.size for entry in store.list(f"{FOLDER}/shards/")}
+    lost = {shard.key for shard in done.shards if sizes.get(shard.key) != shard.bytes}
+    for key in lost:
+        store.delete(_record_key(key))
+    return [job for job in jobs if job.key in lost]
 
 
 def compute_shard(store_url: str, job: ShardJob) -> Shard:
@@ -108,7 +166,7 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
     """
     store = open_store(store_url)
     done = read_shard(store, job.key)
-    if done is not None and not done.rejected:
+    if done is not None and not done.rejected and store.exists(job.key):
         return done
     buffer, image_ids, rejected = io.BytesIO(), [], []
     with wds.TarWriter(buffer, mtime=0) as tar:  # a fixed time makes the bytes depend on the samples only
@@ -116,12 +174,14 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
             try:
                 sample = make_sample(record, job.labels, job.config.grid, job.config.radius)
             except BadSample as problem:
-                rejected.append(Rejected(str(record.image_id), str(problem)))
+                rejected.append(Rejected(record.image_id, str(record.image), str(problem)))
                 continue
             tar.write({"__key__": f"{record.image_id:012d}", **to_fields(sample)})
             image_ids.append(record.image_id)
     data = buffer.getvalue() if image_ids else b""
-    shard = Shard(job.key, tuple(image_ids), len(data), hashlib.sha256(data).hexdigest(), tuple(rejected))
+    records = tuple(record.image_id for record in job.records)
+    sha256 = hashlib.sha256(data).hexdigest()
+    shard = Shard(job.key, records, tuple(image_ids), len(data), sha256, tuple(rejected))
     if data:
         store.write(job.key, data)
     store.write(_record_key(job.key), json.dumps(asdict(shard)).encode())
@@ -156,25 +216,27 @@ def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]
 
 
 def commit(
-    store: Store, path: str, index: CocoIndex, config: ShardConfig, shards: Sequence[Shard], bad_share: float
+    store: Store, made: Plan, index: Index, config: ShardConfig, shards: Sequence[Shard], bad_share: float
 ) -> ShardSet:
     """Write the manifest, unless more than `bad_share` of all samples had to be set aside (TesseraError).
 
     The shards stay in either case: once the samples are mended, only their shards are computed again.
     """
     rejected = index.rejected + tuple(r for shard in shards for r in shard.rejected)
-    kept = tuple(shard for shard in shards if shard.image_ids)
-    result = ShardSet(path, index.labels, config, kept, rejected)
+    order = {job.key: position for position, job in enumerate(made.jobs)}
+    kept = tuple(shard for shard in sorted(shards, key=lambda shard: order[shard.key]) if shard.image_ids)
+    result = ShardSet(made.path, index.labels, config, kept, rejected)
     check(result, bad_share)
     content = {
         "schema": SCHEMA_VERSION,
         "samples": result.samples,
         "labels": index.labels.to_coco(),
         "config": config,
+        "extends": made.extends,
         "shards": [asdict(shard) for shard in kept],
         "rejected": [asdict(r) for r in rejected],
     }
-    artifacts.write_manifest(store, path, content)
+    artifacts.write_manifest(store, made.path, content)
     return result
 
 
@@ -183,7 +245,7 @@ def check(result: ShardSet, bad_share: float) -> None:
     rejected = result.rejected
     share = len(rejected) / max(1, result.samples + len(rejected))
     if share > bad_share or not result.shards:
-        shown = "; ".join(f"{r.sample}: {r.reason}" for r in rejected[:5])
+        shown = "; ".join(map(str, rejected[:5]))
         raise TesseraError(
             f"{len(rejected)} of {result.samples + len(rejected)} samples are unusable, above the limit of "
             f"{bad_share:.1%}: {shown}{'; ...' if len(rejected) > 5 else ''}"
@@ -211,4 +273,5 @@ def _record_key(key: str) -> str:
 
 def _shard(row: dict[str, Any]) -> Shard:
     rejected = tuple(Rejected(**r) for r in row["rejected"])
-    return Shard(row["key"], tuple(row["image_ids"]), row["bytes"], row["sha256"], rejected)
+    ids = tuple(row["records"]), tuple(row["image_ids"])
+    return Shard(row["key"], *ids, row["bytes"], row["sha256"], rejected)

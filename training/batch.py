@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra.errors import TesseraError
 from preprocessing.panoptic_map import Segment
 from preprocessing.sample import Sample, decode_image
 
@@ -68,9 +69,11 @@ class Example:
 
     @classmethod
     def of(cls, key: str, sample: Sample) -> "Example":
-        """A sample with its image decoded. Raises what `decode_image` does."""
-        image_HW3, maps = decode_image(sample.image), (sample.labels, sample.semantic_d2, sample.instance_d2)
-        return cls(key, image_HW3, *maps, sample.segments)
+        """A sample with its image decoded. Raises what `decode_image` does; TesseraError if it has no distances."""
+        if sample.semantic_d2 is None or sample.instance_d2 is None:
+            raise TesseraError(f"image {sample.image_id}: its shard was made for evaluation and has no distances")
+        maps = sample.labels, sample.semantic_d2, sample.instance_d2
+        return cls(key, decode_image(sample.image), *maps, sample.segments)
 
     def flipped(self) -> "Example":
         """Mirrored left to right; stored targets stay exact."""

@@ -108,8 +108,8 @@ class Recipe:
 
     @property
     def val_shards(self) -> ShardConfig:
-        """Evaluation shards: the images' own sizes, since PQ is measured there."""
-        return dataclasses.replace(self.shards, grid=None)
+        """Evaluation shards: the images' own sizes, since PQ is measured there; no distances, only losses want them."""
+        return dataclasses.replace(self.shards, grid=None, radius=0)
 
     def lasting(self, epochs: float) -> "Recipe":
         """The same recipe for another number of epochs; the warm-up keeps its share."""

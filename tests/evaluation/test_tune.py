@@ -14,8 +14,9 @@ from evaluation.tune import tune
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.coco import read_index
-from preprocessing.shards import ShardSet, commit, compute_shard, plan, set_path
+from preprocessing.shards import ShardSet
 from preprocessing.synthetic import SyntheticConfig, write_set
+from tests.support.shard_sets import make_set
 from training.loop import Place, train
 from training.recipe import Recipe
 from training.recipes import demo
@@ -31,9 +32,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, ShardSet,
     recipe = demo().changed({"train.epochs": 80, "train.batch": 4, "train.warmup_epochs": 5, "reader.flip": False})
     index = read_index(write_set(folder, SyntheticConfig(train=4, val=1, seed=1)), "train2017")
     url, threads = str(folder / "store"), torch.get_num_threads()
-    jobs = plan(index, recipe.shards)
-    made = [compute_shard(url, job) for job in jobs]
-    shards = commit(open_store(url), set_path(index, recipe.shards, jobs), index, recipe.shards, made, 0)
+    shards = make_set(open_store(url), index, recipe.shards)
     torch.set_num_threads(1)
     method, _ = train(recipe, shards, url, Place(), None, lambda *_: None)
     torch.set_num_threads(threads)

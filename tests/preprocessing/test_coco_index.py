@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import TesseraError
-from preprocessing.coco import read_index, read_sample
+from preprocessing.coco import read_index
+from preprocessing.source import read_sample
 from tests.support.coco_folder import CocoFolder
 
 MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
@@ -17,7 +18,7 @@ def refusal(coco: CocoFolder) -> str:
 
 
 def rejections(coco: CocoFolder) -> list[tuple[str, str]]:
-    return [(r.sample, r.reason) for r in coco.index().rejected]
+    return [(r.file, r.reason) for r in coco.index().rejected]
 
 
 def test_a_sound_set_is_read_whole_and_in_order(coco: CocoFolder):
@@ -107,33 +108,35 @@ def test_an_empty_set_is_an_error(coco: CocoFolder):
 
 def test_a_png_without_entry_is_set_aside(coco: CocoFolder):
     shutil.copy(coco.mask(0), coco.masks / "stray.png")
-    assert rejections(coco) == [("stray.png", "the PNG has no entry in the JSON")]
+    assert rejections(coco) == [(str(coco.masks / "stray.png"), "the PNG has no entry in the JSON")]
     assert len(coco.index().records) == 12
 
 
 def test_an_image_without_annotation_is_set_aside(coco: CocoFolder):
     with coco.editing() as content:
         content["images"].append({"id": 99, "file_name": "lone.jpg", "height": 48, "width": 48})
-    assert rejections(coco) == [("lone.jpg", "the image has no annotation in the JSON")]
+    assert rejections(coco) == [(str(coco.images / "lone.jpg"), "the image has no annotation in the JSON")]
 
 
 def test_an_annotation_without_image_is_set_aside(coco: CocoFolder):
     with coco.editing() as content:
         content["images"].pop(4)
-    assert rejections(coco) == [(coco.mask(4).name, "image id 5 is not in the JSON's images")]
+    assert rejections(coco) == [(str(coco.mask(4)), "image id 5 is not in the JSON's images, expected once")]
     assert [r.image_id for r in coco.index().records] == [1, 2, 3, 4, *range(6, 13)]
 
 
-def test_an_image_annotated_twice_is_named(coco: CocoFolder):
+def test_an_image_annotated_twice_is_set_aside_with_both(coco: CocoFolder):
     with coco.editing() as content:
         content["annotations"].append(content["annotations"][6])
-    assert "image ids ['7'] have more than one annotation" in refusal(coco)
+    assert rejections(coco) == [(str(coco.mask(6)), "2 annotations have the image id 7, expected one")] * 2
+    assert [r.image_id for r in coco.index().records] == [*range(1, 7), *range(8, 13)]
 
 
-def test_an_image_listed_twice_is_named(coco: CocoFolder):
+def test_an_image_listed_twice_is_set_aside(coco: CocoFolder):
     with coco.editing() as content:
         content["images"].append({**content["images"][6], "file_name": "other.jpg"})
-    assert "7" in refusal(coco)
+    assert rejections(coco) == [(str(coco.mask(6)), "image id 7 is listed 2 times in the JSON's images, expected once")]
+    assert 7 not in [r.image_id for r in coco.index().records]
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations"])
@@ -160,7 +163,7 @@ def test_files_may_lie_in_folders_below(coco: CocoFolder):
     ("kind", "name", "value"),
     [
         ("annotations", "image_id", None),
-        ("annotations", "image_id", "aachen_000000"),
+        ("annotations", "image_id", "no image"),
         ("annotations", "image_id", [3]),
         ("annotations", "file_name", None),
         ("annotations", "file_name", 5),
@@ -203,11 +206,22 @@ def test_two_entries_without_image_id_cost_themselves_alone(coco: CocoFolder):
     assert any("image_id" in reason for _, reason in rejections(coco))
 
 
-def test_a_set_whose_every_sample_is_set_aside_tells_why(coco: CocoFolder):
+def test_names_as_image_ids_are_numbered_and_always_alike(coco: CocoFolder):
+    """As Cityscapes' own converter to COCO's layout writes them."""
     with coco.editing() as content:
         for image, annotation in zip(content["images"], content["annotations"], strict=True):
             image["id"] = annotation["image_id"] = f"aachen_{image['id']:06d}"
-    assert "aachen_000001" in refusal(coco)
+    ids = [record.image_id for record in coco.index().records]
+    assert len(set(ids)) == 12
+    assert ids[0] == 225_080_815_496
+    assert 0 <= min(ids) <= max(ids) < 10**12
+
+
+def test_a_set_whose_every_sample_is_set_aside_tells_why(coco: CocoFolder):
+    with coco.editing() as content:
+        for annotation in content["annotations"]:
+            annotation["image_id"] = 1.5
+    assert "image_id is 1.5" in refusal(coco)
 
 
 def assert_only_the_third_is_lost(coco: CocoFolder):

@@ -5,7 +5,7 @@ import pytest
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from preprocessing.coco import BadSample, read_sample
+from preprocessing.source import BadSample, read_sample
 from tests.support.coco_folder import CocoFolder
 
 CAT, SKY = 1, 92  # dataset ids of a thing and of stuff
@@ -87,18 +87,18 @@ def test_an_image_of_another_mode_is_fine(coco: CocoFolder, mode: str):
 
 def test_an_image_of_another_size_is_told(coco: CocoFolder):
     Image.new("RGB", (40, 48)).save(coco.image(3))
-    assert coco.reason(3) == "the image is 40x48, the JSON says 48x48"
+    assert coco.reason(3) == f"{coco.image(3)}: the image is 40x48, the JSON says 48x48"
 
 
 def test_a_mask_of_another_size_is_told(coco: CocoFolder):
     coco.write_ids(3, coco.ids(3)[:30])
-    assert coco.reason(3) == "the PNG is 48x30, the JSON says 48x48"
+    assert f"{coco.mask(3)}: the PNG is 48x30, the JSON says 48x48" in coco.reason(3)
 
 
 def test_a_json_with_another_size_is_told(coco: CocoFolder):
     with coco.editing() as content:
         content["images"][3] |= {"height": 64, "width": 32}
-    assert coco.reason(3) == "the image is 48x48, the JSON says 32x64"
+    assert f"{coco.image(3)}: the image is 48x48, the JSON says 32x64" in coco.reason(3)
 
 
 def test_the_rotation_in_exif_is_ignored_as_the_annotations_do(coco: CocoFolder):
@@ -115,26 +115,27 @@ def test_an_id_of_the_png_alone_is_named_with_its_pixels(coco: CocoFolder):
     ids = coco.ids(3)
     ids[10:12, 5:10] = 987654
     coco.write_ids(3, ids)
-    assert coco.reason(3) == "segment 987654 covers 10 px but is not in the JSON"
+    expected = "segment 987654 covers 10 px, the first at x=5, y=10, but is not in the JSON"
+    assert coco.reason(3) == f"{coco.mask(3)}: {expected}"
 
 
 def test_an_id_of_the_json_alone_is_named(coco: CocoFolder):
     with coco.editing() as content:
         content["annotations"][3]["segments_info"].append({"id": 987654, "category_id": 1})
-    assert coco.reason(3) == "segment 987654 is in the JSON but has no pixel in the PNG"
+    assert coco.reason(3) == f"{coco.mask(3)}: segment 987654 is in the JSON but has no pixel in the PNG"
 
 
 def test_an_unknown_category_is_named(coco: CocoFolder):
     with coco.editing() as content:
         content["annotations"][3]["segments_info"][0]["category_id"] = 2
-    assert coco.reason(3) == f"segment {coco.rows(3)[0]['id']} has the unknown category 2"
+    assert coco.reason(3) == f"{coco.mask(3)}: segment {coco.rows(3)[0]['id']} has the unknown category 2"
 
 
 def test_a_repeated_segment_is_named(coco: CocoFolder):
     with coco.editing() as content:
         rows = content["annotations"][3]["segments_info"]
         rows.append(rows[0])
-    assert coco.reason(3) == f"segment {rows[0]['id']} is listed more than once"
+    assert coco.reason(3) == f"{coco.mask(3)}: segment {rows[0]['id']} is listed more than once"
 
 
 @pytest.mark.parametrize("value", [0, -1, 2**24, 2**31 - 1, 2**31, 2**40, -(2**40)])

@@ -10,6 +10,7 @@ import pytest
 
 from infra.errors import TesseraError
 from infra.store import FolderStore, open_store
+from preprocessing.coco import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, read_set
 from preprocessing.synthetic import SyntheticConfig, write_set
@@ -20,10 +21,11 @@ SLOW = "ShardConfig(grid=(1000, 1000), radius=100, samples=1)"  # a tenth of a s
 DRIVER = f"""
 import sys
 from infra.ray_cluster import session
+from preprocessing.coco import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig
 with session("local"):
-    precompute(sys.argv[1], "train2017", {SLOW}, sys.argv[2])
+    precompute("train", read_index(sys.argv[1], "train2017"), {SLOW}, sys.argv[2])
 """
 
 
@@ -42,21 +44,21 @@ def folder(tmp_path: Path) -> FolderStore:
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_whole_set_goes_through_ray_and_a_rerun_writes_nothing(coco: CocoFolder, folder: FolderStore):
-    result = precompute(coco.root, coco.split, CONFIG, folder.url)
+    result = precompute(coco.split, coco.index(), CONFIG, folder.url)
     assert [shard.image_ids for shard in result.shards] == [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10), (11, 12)]
     assert read_set(folder, result.path) == result
     before = times(folder)
     assert len(before) == 3 + 3 + 1
-    assert precompute(coco.root, coco.split, CONFIG, folder.url) == result
+    assert precompute(coco.split, coco.index(), CONFIG, folder.url) == result
     assert times(folder) == before
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_splits_and_settings_share_a_store(coco: CocoFolder, folder: FolderStore):
-    first = precompute(coco.root, "train2017", CONFIG, folder.url)
+    first = precompute("train", coco.index(), CONFIG, folder.url)
     others = [
-        precompute(coco.root, "val2017", CONFIG, folder.url),
-        precompute(coco.root, "train2017", ShardConfig(samples=5), folder.url),
+        precompute("val", read_index(coco.root, "val2017"), CONFIG, folder.url),
+        precompute("val as it is", coco.index(), ShardConfig(samples=5), folder.url),
     ]
     assert len({first.path, *(other.path for other in others)}) == 3
     assert read_set(folder, first.path) == first
@@ -67,10 +69,10 @@ def test_bad_samples_fail_the_driver_by_name_and_mending_them_lets_it_go_on(coco
     sound = coco.mask(5).read_bytes()
     cut(coco.mask(5))
     with pytest.raises(TesseraError, match=f"1 of 12 samples are unusable.*{coco.mask(5).name}"):
-        precompute(coco.root, coco.split, CONFIG, folder.url)
+        precompute(coco.split, coco.index(), CONFIG, folder.url)
     before = times(folder)
     coco.mask(5).write_bytes(sound)
-    assert precompute(coco.root, coco.split, CONFIG, folder.url).samples == 12
+    assert precompute(coco.split, coco.index(), CONFIG, folder.url).samples == 12
     after = times(folder)
     assert {key: after[key] for key in before} == before
     assert len(after) == len(before) + 3  # one shard, its record, the manifest
@@ -95,7 +97,7 @@ def test_a_killed_driver_leaves_work_that_a_rerun_takes_up(tmp_path: Path, folde
 
     before = records(folder)
     assert 4 <= len(before) < 24
-    result = precompute(coco, "train2017", eval(SLOW), folder.url)
+    result = precompute("train", read_index(coco, "train2017"), eval(SLOW), folder.url)
     assert [i for shard in result.shards for i in shard.image_ids] == list(range(1, 25))
     after = records(folder)
     assert len(after) == 24

@@ -6,21 +6,19 @@ from infra.artifacts import MANIFEST
 from infra.errors import TesseraError
 from infra.store import Store
 from preprocessing.ray_precompute import precompute
-from preprocessing.shards import Shard, ShardConfig, commit, compute_shard, plan, read_set, read_shard, set_path
+from preprocessing.shards import Shard, ShardConfig, ShardSet, compute_shard, plan, read_set, read_shard
 from tests.support.coco_folder import CocoFolder, cut
+from tests.support.shard_sets import make_set
 
 CONFIG = ShardConfig(grid=(20, 30), radius=9, samples=4)
 
 
 def compute(store: Store, coco: CocoFolder) -> list[Shard]:
-    return [compute_shard(store.url, job) for job in plan(coco.index(), CONFIG)]
+    return [compute_shard(store.url, job) for job in plan(store, coco.index(), CONFIG).jobs]
 
 
-def finish(store: Store, coco: CocoFolder, bad_share: float = 0.0):
-    """All of precompute but Ray."""
-    index = coco.index()
-    path = set_path(index, CONFIG, plan(index, CONFIG))
-    return commit(store, path, index, CONFIG, compute(store, coco), bad_share)
+def finish(store: Store, coco: CocoFolder, bad_share: float = 0.0) -> ShardSet:
+    return make_set(store, coco.index(), CONFIG, bad_share)
 
 
 def manifests(store: Store) -> list[str]:
@@ -64,7 +62,7 @@ def test_a_finished_set_is_read_back_as_it_was_written(store: Store, coco: CocoF
     assert read_set(store, written.path) == written
     assert manifests(store) == [f"{written.path}/{MANIFEST}"]
     manifest = json.loads(store.read(f"{written.path}/{MANIFEST}"))
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["config"] == {"grid": [20, 30], "radius": 9, "samples": 4}
     assert [s["sha256"] for s in manifest["shards"]] == [s.sha256 for s in written.shards]
 
@@ -80,16 +78,17 @@ def test_a_rejected_sample_is_named_in_record_and_manifest(store: Store, coco: C
     result = finish(store, coco, bad_share=0.2)
     assert result.samples == 11
     stray, truncated = result.rejected
-    assert stray.sample == "stray.png"
-    assert (truncated.sample, coco.image(5).name in truncated.reason) == ("6", True)
+    assert (stray.image_id, stray.file) == (None, str(coco.masks / "stray.png"))
+    assert (truncated.image_id, truncated.file) == (6, str(coco.image(5)))
+    assert coco.image(5).name in truncated.reason
     assert result.shards[1].image_ids == (5, 7, 8)
-    assert json.loads(store.read(result.shards[1].key.replace(".tar", ".json")))["rejected"][0]["sample"] == "6"
+    assert json.loads(store.read(result.shards[1].key.replace(".tar", ".json")))["rejected"][0]["image_id"] == 6
     assert read_set(store, result.path) == result
 
 
 def test_too_many_bad_samples_fail_by_name_and_leave_the_shards(store: Store, coco: CocoFolder):
     cut(coco.image(5))
-    with pytest.raises(TesseraError, match=rf"1 of 12 .*limit of 1\.0%: 6: .*{coco.image(5).name}"):
+    with pytest.raises(TesseraError, match=rf"1 of 12 .*limit of 1\.0%: image 6, .*{coco.image(5).name}"):
         finish(store, coco, bad_share=0.01)
     assert manifests(store) == []
     assert len(mark(store)) == 3
@@ -103,9 +102,9 @@ def test_the_limit_is_a_share_of_all_samples(store: Store, coco: CocoFolder):
 def test_of_many_bad_samples_the_first_five_are_told(store: Store, coco: CocoFolder):
     for path in [coco.mask(position) for position in range(7)]:
         path.unlink()
-    with pytest.raises(TesseraError, match=r"7 of 12 .* 1: .* 5: .*; \.\.\.$") as caught:
+    with pytest.raises(TesseraError, match=r"7 of 12 .* image 1, .* image 5, .*; \.\.\.$") as caught:
         finish(store, coco)
-    assert "; 6: " not in str(caught.value)
+    assert "image 6," not in str(caught.value)
 
 
 def test_a_shard_of_bad_samples_alone_has_no_tar_and_is_not_in_the_set(store: Store, coco: CocoFolder):
@@ -113,7 +112,7 @@ def test_a_shard_of_bad_samples_alone_has_no_tar_and_is_not_in_the_set(store: St
         cut(coco.mask(position))
     result = finish(store, coco, bad_share=0.5)
     assert [shard.image_ids for shard in result.shards] == [(5, 6, 7, 8), (9, 10, 11, 12)]
-    assert [r.sample for r in result.rejected] == ["1", "2", "3", "4"]
+    assert [r.image_id for r in result.rejected] == [1, 2, 3, 4]
     assert mark(store) == {shard.key for shard in result.shards}
 
 
@@ -152,4 +151,4 @@ def test_a_finished_set_with_too_many_bad_samples_fails_a_stricter_run(store: St
     cut(coco.image(5))
     finish(store, coco, bad_share=0.1)
     with pytest.raises(TesseraError, match=coco.image(5).name):
-        precompute(coco.root, coco.split, CONFIG, store.url, bad_share=0.01)
+        precompute(coco.split, coco.index(), CONFIG, store.url, bad_share=0.01)

@@ -7,8 +7,9 @@ import pytest
 from panopticapi.evaluation import pq_compute_single_core
 
 from infra.errors import TesseraError
-from preprocessing.coco import read_index, read_sample
+from preprocessing.coco import read_index
 from preprocessing.rgb_ids import read_png
+from preprocessing.source import read_sample
 from preprocessing.synthetic import CATEGORIES, SyntheticConfig, write_set
 from tests.support.coco_folder import CocoFolder
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from preprocessing import rgb_ids
-from preprocessing.coco import BadSample, CocoIndex, CocoRecord, read_index, read_sample
+from preprocessing.coco import read_index
+from preprocessing.source import BadSample, Index, Record, read_sample
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class CocoFolder:
             rows = [{"id": i, "category_id": c, "iscrowd": 0} for i, c in categories.items()]
             content["annotations"][position]["segments_info"] = rows
 
-    def index(self) -> CocoIndex:
+    def index(self) -> Index:
         return read_index(self.root, self.split)
 
-    def record(self, position: int) -> CocoRecord:
+    def record(self, position: int) -> Record:
         """As the whole index has it; image ids of a synthetic set start at 1."""
         (record,) = (r for r in self.index().records if r.image_id == position + 1)
         return record

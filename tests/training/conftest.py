@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from infra.store import Store, open_store
-from preprocessing.coco import CocoIndex, CocoRecord, read_index, read_sample
-from preprocessing.shards import ShardConfig, ShardSet, commit, compute_shard, plan, set_path
+from preprocessing.coco import read_index
+from preprocessing.shards import ShardConfig, ShardSet
+from preprocessing.source import Index, Record, read_sample
 from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.coco_folder import CocoFolder
+from tests.support.shard_sets import make_set as make_any_set
 
 # The processes that DataLoader forks need not import torch again.
 multiprocessing.set_forkserver_preload(["training.reader"])
 
-Maker = Callable[[Sequence[CocoRecord], int], ShardSet]
+Maker = Callable[[Sequence[Record], int], ShardSet]
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +33,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def index(tmp_path_factory: pytest.TempPathFactory) -> CocoIndex:
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     root = write_set(tmp_path_factory.mktemp("scenes"), SyntheticConfig(train=60, val=1, size=(32, 32), seed=3))
     return read_index(root, "train2017")
 
 
-def shard_set(store: Store, index: CocoIndex, samples: int) -> ShardSet:
+def shard_set(store: Store, index: Index, samples: int) -> ShardSet:
     """A finished set of shards of `samples` images each, the last one what is left."""
-    config = ShardConfig(grid=(32, 32), radius=10, samples=samples)
-    jobs = plan(index, config)
-    shards = [compute_shard(store.url, job) for job in jobs]
-    return commit(store, set_path(index, config, jobs), index, config, shards, 0)
+    return make_any_set(store, index, ShardConfig(grid=(32, 32), radius=10, samples=samples))
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +49,13 @@ def shard_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture
-def make_set(shard_store: Store, index: CocoIndex) -> Maker:
+def make_set(shard_store: Store, index: Index) -> Maker:
     """Records and samples a shard -> the set, in `shard_store`."""
     return lambda records, samples: shard_set(shard_store, replace(index, records=tuple(records)), samples)
 
 
 @pytest.fixture
-def images_of_16(make_set: Maker, index: CocoIndex) -> ShardSet:
+def images_of_16(make_set: Maker, index: Index) -> ShardSet:
     """Four shards of four images."""
     return make_set(index.records[:16], 4)
 

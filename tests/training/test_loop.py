@@ -15,8 +15,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from infra.errors import TesseraError
 from infra.store import Store
-from preprocessing.coco import CocoIndex
 from preprocessing.shards import ShardSet
+from preprocessing.source import Index
 from preprocessing.synthetic import CATEGORIES
 from tests.support.examples import batch_of, scenes
 from tests.training.conftest import Maker
@@ -82,7 +82,7 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(images_of_16: ShardSet, shard_s
             torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
-def test_a_resume_in_the_middle_of_an_epoch_and_of_a_task_cycle(make_set: Maker, index: CocoIndex, shard_store: Store):
+def test_a_resume_in_the_middle_of_an_epoch_and_of_a_task_cycle(make_set: Maker, index: Index, shard_store: Store):
     shards, recipe = make_set(index.records[:13], 3), recipe_of(epochs=4, checkpoints=13)
     _, history, states, _ = run(recipe, shards, shard_store)
     for state in states[::4]:

@@ -10,7 +10,8 @@ from evaluation.evaluate import load_samples
 from evaluation.pq import PQStats, compare, summarise
 from infra.store import open_store
 from preprocessing.coco import read_index
-from preprocessing.shards import ShardConfig, ShardSet, commit, compute_shard, plan, set_path
+from preprocessing.shards import ShardConfig, ShardSet
+from tests.support.shard_sets import make_set
 from training.batch import Example, collate
 from training.loop import Place, train
 from training.methods.base import Method
@@ -38,11 +39,7 @@ def eight(recipe: Recipe) -> Recipe:
 
 def shards(url: str, config: ShardConfig) -> ShardSet:
     index = read_index(COCO_MINI, "train2017")
-    index = replace(index, records=index.records[:8])
-    jobs = plan(index, config)
-    return commit(
-        open_store(url), set_path(index, config, jobs), index, config, [compute_shard(url, j) for j in jobs], 0
-    )
+    return make_set(open_store(url), replace(index, records=index.records[:8]), config)
 
 
 def pq(method: Method, url: str, own_size: ShardSet, on_grid: ShardSet | None) -> float:

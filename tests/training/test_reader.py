@@ -8,9 +8,9 @@ import torch
 
 from infra.errors import TesseraError
 from infra.store import Store
-from preprocessing.coco import CocoIndex
 from preprocessing.sample import from_fields
 from preprocessing.shards import ShardSet, read_shard_samples
+from preprocessing.source import Index
 from tests.support.examples import same_batches
 from tests.training.conftest import Maker, shard_set
 from training.batch import Batch
@@ -20,13 +20,13 @@ PLAIN = ReaderConfig(shuffle=3, flip=False)
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 7], ids=lambda count: f"{count} shards")
-def uneven(request: pytest.FixtureRequest, make_set: Maker, index: CocoIndex) -> ShardSet:
+def uneven(request: pytest.FixtureRequest, make_set: Maker, index: Index) -> ShardSet:
     """Shards of two images; the last one has one."""
     return make_set(index.records[: 2 * request.param - 1], 2)
 
 
 @pytest.fixture
-def five(make_set: Maker, index: CocoIndex) -> ShardSet:
+def five(make_set: Maker, index: Index) -> ShardSet:
     """Shards of 3, 3, 3, 3 and 1 images."""
     return make_set(index.records[:13], 3)
 
@@ -142,12 +142,12 @@ def test_fewer_shards_than_readers_are_refused(five: ShardSet, shard_store: Stor
         BatchStream(five, shard_store.url, ReaderConfig(workers=workers), 4, 0, world)
 
 
-def test_a_store_of_either_kind_is_read(store: Store, index: CocoIndex):
+def test_a_store_of_either_kind_is_read(store: Store, index: Index):
     shards = shard_set(store, replace(index, records=index.records[:5]), 2)
     assert sorted(epochs(shards, store, 1)[0]) == ids(shards)
 
 
-def test_a_store_in_a_folder_of_any_name_is_read(odd_folder: Store, index: CocoIndex):
+def test_a_store_in_a_folder_of_any_name_is_read(odd_folder: Store, index: Index):
     shards = shard_set(odd_folder, replace(index, records=index.records[:2]), 2)
     assert sorted(epochs(shards, odd_folder, 1)[0]) == ids(shards)
 

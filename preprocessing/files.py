@@ -1,0 +1,255 @@
+"""The files of a data set: on disk, or in zips, which are read where they lie and never unpacked.
+
+Only the driver reads a zip's directory; a `File` then says by itself where its bytes are, so a worker reads
+one sample of a zip of 118,000 without knowing of the others.
+"""
+
+import io
+import os
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from infra.errors import TesseraError
+
+MAX_BYTES = 1 << 30
+"""Largest member of a zip that is read into memory: a guard against zip bombs."""
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a zip keeps the bytes of one file."""
+
+    start: int
+    """Offset of the local header in the file on disk."""
+    stored: int
+    """Bytes as they lie there."""
+    size: int
+    """Bytes of the file itself."""
+    crc: int
+    deflated: bool
+    container: "File | None" = None
+    """The zip itself, where it lies deflated in another one: it has no bytes of its own on disk."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file; `str(file)` is what messages call it."""
+
+    path: str
+    """The file on disk that holds it."""
+    member: Member | None = None
+    """None: it is that file."""
+    inside: str = ""
+    """Its name in the zip (of the zip) at `path`."""
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.inside}" if self.inside else self.path
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return Path(self.inside or self.path).name
+
+    def read(self) -> bytes:
+        """All bytes. OSError if that cannot be done, or a zip's checksum disagrees."""
+        if self.member is None:
+            return Path(self.path).read_bytes()
+        if self.member.size > MAX_BYTES:
+            raise OSError(f"{self.member.size} bytes are too many for one file, at most {MAX_BYTES} are read")
+        data = b"".join(_inflated(self.member, self._disk()))
+        if zlib.crc32(data) != self.member.crc:
+            raise OSError("its checksum in the zip disagrees")
+        return data
+
+    def size(self) -> int:
+        """Bytes. OSError if there is no such file."""
+        return Path(self.path).stat().st_size if self.member is None else self.member.size
+
+    def crc(self) -> int:
+        """CRC-32 of the bytes; a zip knows it without reading them. OSError as `read`."""
+        return zlib.crc32(self.read()) if self.member is None else self.member.crc
+
+    def _disk(self) -> str:
+        container = self.member and self.member.container
+        return _unpacked(container) if container else self.path
+
+
+class Tree:
+    """The folder of a data set. What its zips hold counts as if they were unpacked where they lie."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        if not self.root.is_dir():
+            raise TesseraError(f"{self.root}: not found (expected the folder of a data set)")
+        self._zipped: dict[str, File] | None = None
+
+    def file(self, name: str) -> File | None:
+        """The file of this name relative to the root; what lies on disk comes before what lies in zips."""
+        path = self.root / name
+        return File(str(path)) if path.is_file() else self._members().get(name)
+
+    def folder(self, name: str) -> "Folder | None":
+        """A folder: on disk, inside a zip at the root, or as `<name>.zip` in its place."""
+        path = self.root / name
+        if path.is_dir():
+            found = path.rglob("*")
+            return Folder(str(path), {p.relative_to(path).as_posix(): File(str(p)) for p in found if p.is_file()})
+        inside = _below(name, self._members())
+        if inside:
+            return Folder(str(path), inside)
+        archive = self.file(f"{name}.zip")
+        if archive is None:
+            return None
+        members = {member.inside.removeprefix(f"{archive.inside}/"): member for member in list_zip(archive)}
+        return Folder(str(archive), _below(path.name, members) or members)
+
+    def _members(self) -> dict[str, File]:
+        """What the zips at the root hold, by name."""
+        if self._zipped is None:
+            archives = sorted(self.root.glob("*.zip"), reverse=True)  # of two of one name the first archive's wins
+            self._zipped = {member.inside: member for path in archives for member in list_zip(File(str(path)))}
+        return self._zipped
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files by their name relative to the folder, below it at any depth."""
+
+    path: str
+    files: dict[str, File]
+
+    def file(self, name: str) -> File:
+        """The file of this name; where there is none, one that cannot be read and says so."""
+        return self.files.get(name) or File(f"{self.path}/{name}")
+
+
+def _below(name: str, files: dict[str, File]) -> dict[str, File]:
+    return {path.removeprefix(f"{name}/"): file for path, file in files.items() if path.startswith(f"{name}/")}
+
+
+def list_zip(archive: File) -> Iterator[File]:
+    """The files in a zip, which may itself lie in a zip. TesseraError if it is damaged, or packed otherwise."""
+    try:
+        window, container = _opened(archive)
+        with window, zipfile.ZipFile(window) as opened:
+            for info in opened.infolist():
+                if info.is_dir() or info.filename.startswith("__MACOSX/"):
+                    continue
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+                    raise TesseraError(f"{archive}: {info.filename} is encrypted or packed in a way other than deflate")
+                deflated = info.compress_type == zipfile.ZIP_DEFLATED
+                start, sizes = window.start + info.header_offset, (info.compress_size, info.file_size)
+                member = Member(start, *sizes, info.CRC, deflated, container)
+                yield File(archive.path, member, f"{archive.inside}/{info.filename}".lstrip("/"))
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise TesseraError(f"{archive}: not a readable zip ({error})") from error
+
+
+def _opened(archive: File) -> tuple["_Window", File | None]:
+    """A zip as a seekable stream, and the container that its members will need."""
+    member = archive.member
+    if member is None:
+        return _Window(archive.path, 0, archive.size()), None
+    if member.deflated:
+        return _Window(_unpacked(archive), 0, member.size), archive
+    disk = archive._disk()
+    with Path(disk).open("rb") as stream:
+        return _Window(disk, _seek_data(member, stream), member.size), member.container
+
+
+def _inflated(member: Member, disk: str) -> Iterator[bytes]:
+    """The bytes of a member in pieces. OSError if they are damaged or more than the zip's directory says."""
+    inflate, left, given = zlib.decompressobj(-zlib.MAX_WBITS), member.stored, 0
+    try:
+        with Path(disk).open("rb") as stream:
+            _seek_data(member, stream)
+            while left:
+                packed = stream.read(min(left, _CHUNK))
+                if not packed:
+                    raise OSError("the zip ends too early")
+                left -= len(packed)
+                piece = inflate.decompress(packed, member.size - given + 1) if member.deflated else packed
+                given += len(piece)
+                if given > member.size or inflate.unconsumed_tail:
+                    raise OSError("it is longer than the zip says")
+                yield piece
+    except zlib.error as error:
+        raise OSError(f"damaged in the zip ({error})") from error
+
+
+def _seek_data(member: Member, stream: BinaryIO) -> int:
+    """Move to a member's first byte: the local header's length is only known from itself."""
+    stream.seek(member.start)
+    header = stream.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+        raise OSError("the zip has changed since its directory was read")
+    *_, name, extra = _LOCAL_HEADER.unpack(header)
+    return stream.seek(member.start + _LOCAL_HEADER.size + name + extra)
+
+
+def _unpacked(archive: File) -> str:
+    """A zip that lies deflated in another one, as COCO's PNGs may: that has no random access, so it is unpacked once.
+
+    It goes to TESSERA_CACHE, or the folder for temporary files. OSError if it cannot be unpacked whole.
+    """
+    member = archive.member
+    assert member is not None
+    folder = Path(os.environ.get("TESSERA_CACHE") or Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}")
+    target = folder / f"{member.crc:08x}-{member.size}-{Path(archive.inside).name}"
+    if target.exists():
+        return str(target)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    crc = 0
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as made:
+        try:
+            for piece in _inflated(member, archive._disk()):
+                crc = zlib.crc32(piece, crc)
+                made.write(piece)
+            if crc != member.crc:
+                raise OSError("its checksum in the zip disagrees")
+            Path(made.name).rename(target)
+        except BaseException:
+            Path(made.name).unlink()
+            raise
+    return str(target)
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file, as a file."""
+
+    def __init__(self, path: str, start: int, size: int) -> None:
+        self.start, self._size, self._at = start, size, 0
+        self._stream = Path(path).open("rb")  # noqa: SIM115 (closed with this one)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if self._at < 0:
+            raise OSError("a zip's directory points outside of it")
+        return self._at
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        self._stream.seek(self.start + self._at)
+        count = min(len(buffer), max(0, self._size - self._at))
+        data = self._stream.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()

@@ -1,0 +1,20 @@
+"""Kinds of annotations that can be read. A data set is where it is and its kind; nothing is registered."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from infra.errors import TesseraError
+from preprocessing import coco
+from preprocessing.source import Index
+
+LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
+    "coco": coco.read_index,
+}
+"""Name -> how a split of a folder is indexed; each function's docstring says what it expects to find."""
+
+
+def read_index(root: str | Path, split: str, layout: str = "coco") -> Index:
+    """Index one split of the data set at `root`. TesseraError for an unknown layout and as the layout raises it."""
+    if layout not in LAYOUTS:
+        raise TesseraError(f"layout {layout!r}: there is none, there are {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout](root, split)

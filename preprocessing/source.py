@@ -1,0 +1,193 @@
+"""What every kind of annotations offers: an index of records, each of which can be read by itself."""
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from preprocessing.files import File
+from preprocessing.geometry import Size
+from preprocessing.labels import LabelTable
+from preprocessing.panoptic_map import PanopticMap
+
+ORIENTATION = 0x0112
+"""EXIF tag."""
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; its text is the reason kept in the manifest."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One thing wrong with a data set: what is, and what was expected."""
+
+    problem: str
+    file: str
+    image_id: int | None = None
+    segment: int | None = None
+    usable: bool = False
+    """The sample can be trained on all the same."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample set aside, or a file that belongs to none."""
+
+    image_id: int | None
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        named = "" if self.image_id is None else f"image {self.image_id}, "
+        return f"{named}{self.file}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A sample as it was found, and all that is wrong with it."""
+
+    data: bytes
+    """The image file, empty if it cannot be read."""
+    picture: Image.Image | None
+    """The same, decoded; EXIF rotation not applied."""
+    truth: PanopticMap | None
+    defects: tuple[Defect, ...]
+
+
+@dataclass(frozen=True)
+class Record(ABC):
+    """What a task needs to read one sample: places of files, and what the driver read of it."""
+
+    image_id: int
+    image: File
+    size: Size | None
+    """Height, width that the annotations state, if they do."""
+
+    @property
+    @abstractmethod
+    def masks(self) -> tuple[File, ...]:
+        """The files that the truth is read from."""
+
+    @abstractmethod
+    def read_truth(self, labels: LabelTable, defects: list[Defect]) -> PanopticMap | None:
+        """The panoptic map with ids 1..N. Adds all that is wrong to `defects`; None if there is no map at all."""
+
+    def facts(self) -> Any:
+        """What the truth depends on besides the files, as JSON."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Changes when the sample does, and is the same for files on disk and in a zip.
+
+        Masks are known by their contents. For images the size stands for them: people mend masks, and to read
+        a full COCO only to find out that nothing changed would cost as much as computing the targets.
+        """
+        masks = [(mask.name, _or_minus_one(mask.crc)) for mask in self.masks]
+        facts = [self.image_id, self.image.name, _or_minus_one(self.image.size), masks, self.size, self.facts()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def defect(
+        self, problem: str, file: File | None = None, segment: int | None = None, usable: bool = False
+    ) -> Defect:
+        """A defect of this sample, by default in its first mask."""
+        return Defect(problem, str(file or self.masks[0]), self.image_id, segment, usable)
+
+    def examine(self, labels: LabelTable) -> Examined:
+        """Read everything and say all that is wrong with it."""
+        defects: list[Defect] = []
+        data, picture = self._read_image(defects)
+        truth = self.read_truth(labels, defects)
+        expected, by = (self.size, "the JSON says") if self.size else (truth and truth.size, "its annotation is")
+        image_size = picture and (picture.height, picture.width)
+        for what, size, file in (("image", image_size, self.image), ("PNG", truth and truth.size, self.masks[0])):
+            if size and expected and size != expected:
+                problem = f"the {what} is {size[1]}x{size[0]}, {by} {expected[1]}x{expected[0]}"
+                defects.append(self.defect(problem, file))
+        return Examined(data, picture, truth, tuple(defects))
+
+    def _read_image(self, defects: list[Defect]) -> tuple[bytes, Image.Image | None]:
+        data = read_file(self, self.image, defects)
+        if data is None:
+            return b"", None
+        try:
+            picture = Image.open(io.BytesIO(data))
+            picture.load()
+            # Pillow fills what an interrupted download left as zeros with grey; some cameras write after the end
+            if picture.format == "JPEG" and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]:
+                raise OSError("the JPEG has no end marker")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            defects.append(self.defect(f"not a readable image ({error})", self.image))
+            return data, None
+        if picture.getexif().get(ORIENTATION, 1) != 1:
+            problem = "EXIF says that the image is to be rotated; that is ignored, as COCO's annotations do"
+            defects.append(self.defect(problem, self.image, usable=True))
+        return data, picture
+
+
+@dataclass(frozen=True)
+class Index:
+    """One split of a data set, read once by the driver."""
+
+    labels: LabelTable
+    records: tuple[Record, ...]
+    rejected: tuple[Rejected, ...]
+    """What could not become a record."""
+
+
+def read_sample(record: Record, labels: LabelTable) -> tuple[bytes, PanopticMap]:
+    """The image file's bytes, checked to decode, and the panoptic map. Raises BadSample."""
+    found = usable(record.examine(labels))
+    assert found.truth is not None
+    return found.data, found.truth
+
+
+def usable(found: Examined) -> Examined:
+    """The same, if the sample can be trained on. Raises BadSample with all that forbids it."""
+    problems = [f"{d.file}: {d.problem}" for d in found.defects if not d.usable]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise BadSample("; ".join(problems[:3]) + more)
+    return found
+
+
+def read_file(record: Record, file: File, defects: list[Defect]) -> bytes | None:
+    """The bytes, or None and a defect."""
+    try:
+        return file.read()
+    except OSError as error:
+        defects.append(record.defect(f"cannot be read ({error.strerror or error})", file))
+        return None
+
+
+def stable_id(name: str) -> int:
+    """An image id for data sets whose images have names only: the same wherever and whenever it is computed."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10**12
+
+
+def without_repeats(records: Iterable[Record]) -> tuple[list[Record], list[Rejected]]:
+    """Records of ids that occur once; all of an id that occurs twice are rejected, since none is known to be right."""
+    by_id: dict[int, list[Record]] = {}
+    for record in records:
+        by_id.setdefault(record.image_id, []).append(record)
+    single = [same[0] for same in by_id.values() if len(same) == 1]
+    repeated = [
+        Rejected(i, str(record.masks[0]), f"{len(same)} annotations have the image id {i}, expected one")
+        for i, same in by_id.items()
+        if len(same) > 1
+        for record in same
+    ]
+    return single, repeated
+
+
+def _or_minus_one(ask: Any) -> int:
+    """Missing files have a fingerprint too: the shard task rejects the sample with its reason."""
+    try:
+        return int(ask())
+    except OSError:
+        return -1

@@ -1,0 +1,179 @@
+"""Data sets in zips give what the same data set gives unpacked."""
+
+import io
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infra.errors import TesseraError
+from infra.store import open_store
+from preprocessing import files
+from preprocessing.coco import read_index
+from preprocessing.files import File, Tree, list_zip
+from preprocessing.shards import ShardConfig, plan
+from preprocessing.source import BadSample, read_sample
+from tests.support.coco_folder import CocoFolder
+from tests.support.shard_sets import make_set
+
+CONFIG = ShardConfig(grid=(20, 30), radius=9, samples=5)
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pack(target: Path, base: Path, paths: list[Path], method: int) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(target, "w", method) as archive:
+        archive.writestr("__MACOSX/._junk", b"")
+        for path in paths:
+            archive.write(path, path.relative_to(base).as_posix())
+    return target
+
+
+def as_published(coco: CocoFolder, root: Path, outer: int, inner: int) -> Path:
+    """train2017.zip, and the annotations' zip with the JSON and the zip of the PNGs in it."""
+    pack(root / "train2017.zip", coco.root, sorted(coco.images.iterdir()), STORED)
+    annotations = coco.json.parent
+    pngs = pack(annotations / f"{coco.masks.name}.zip", annotations, sorted(coco.masks.iterdir()), inner)
+    pack(root / "panoptic_annotations_trainval2017.zip", coco.root, [coco.json, pngs], outer)
+    pngs.unlink()
+    return root
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(STORED, STORED), (STORED, DEFLATED), (DEFLATED, STORED)])
+def test_the_published_zips_give_the_same_shards_as_the_folders(
+    coco: CocoFolder, tmp_path: Path, cache: Path, outer: int, inner: int
+):
+    zipped = read_index(as_published(coco, tmp_path / "zips", outer, inner), coco.split)
+    assert zipped.rejected == ()
+    store, other = open_store(str(tmp_path / "store")), open_store(str(tmp_path / "other"))
+    assert make_set(store, coco.index(), CONFIG) == make_set(other, zipped, CONFIG)
+    assert plan(store, zipped, CONFIG).path == plan(store, coco.index(), CONFIG).path
+    unpacked = list(cache.glob("*")) if cache.exists() else []
+    assert len(unpacked) == (outer == DEFLATED)  # only that has no random access
+
+
+def test_a_zip_beside_the_json_stands_for_the_folder(coco: CocoFolder):
+    before = [read_sample(record, coco.index().labels) for record in coco.index().records]
+    pack(coco.masks.with_name(f"{coco.masks.name}.zip"), coco.masks.parent, sorted(coco.masks.iterdir()), DEFLATED)
+    shutil.rmtree(coco.masks)
+    index = coco.index()
+    for (image, truth), record in zip(before, index.records, strict=True):
+        assert read_sample(record, index.labels)[0] == image
+        assert np.array_equal(read_sample(record, index.labels)[1].ids, truth.ids)
+
+
+def test_members_may_lie_at_the_top_of_the_zip(coco: CocoFolder):
+    pack(coco.masks.with_name(f"{coco.masks.name}.zip"), coco.masks, sorted(coco.masks.iterdir()), DEFLATED)
+    shutil.rmtree(coco.masks)
+    assert coco.index().rejected == ()
+
+
+def test_what_is_on_disk_comes_first(coco: CocoFolder):
+    with zipfile.ZipFile(coco.root / "a.zip", "w") as archive:
+        archive.writestr(f"annotations/{coco.json.name}", b"no JSON")
+        archive.writestr(f"{coco.split}/{coco.image(0).name}", b"no image")
+    assert coco.sample(0)[0] == coco.image(0).read_bytes()
+
+
+def test_a_missing_member_is_named_with_its_zip(coco: CocoFolder, tmp_path: Path):
+    name = coco.image(3).name
+    coco.image(3).unlink()
+    index = read_index(as_published(coco, tmp_path / "zips", STORED, STORED), coco.split)
+    with pytest.raises(BadSample, match=rf"{name}: cannot be read"):
+        read_sample(index.records[3], index.labels)
+
+
+@pytest.mark.parametrize("outer", [STORED, DEFLATED])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+def test_a_damaged_zip_is_named(coco: CocoFolder, tmp_path: Path, outer: int, damage: str):
+    root = as_published(coco, tmp_path / "zips", outer, STORED)
+    path = root / "panoptic_annotations_trainval2017.zip"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "text": b"<html>404</html>", "empty": b""}[damage])
+    with pytest.raises(TesseraError, match=rf"{path.name}: not a readable zip"):
+        read_index(root, coco.split)
+
+
+def test_bytes_that_rot_in_the_zip_cost_their_sample_alone(coco: CocoFolder, tmp_path: Path):
+    root = as_published(coco, tmp_path / "zips", STORED, STORED)
+    index = read_index(root, coco.split)
+    member = index.records[3].image.member
+    assert member is not None
+    path = root / "train2017.zip"
+    data = bytearray(path.read_bytes())
+    data[member.start + 200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadSample, match=r"train2017\.zip/train2017/.*: cannot be read \(its checksum"):
+        read_sample(index.records[3], index.labels)
+    read_sample(index.records[2], index.labels)
+
+
+def test_a_zip_replaced_after_indexing_is_noticed(coco: CocoFolder, tmp_path: Path):
+    root = as_published(coco, tmp_path / "zips", STORED, STORED)
+    index = read_index(root, coco.split)
+    (root / "train2017.zip").write_bytes(b"PK" + bytes(100_000))
+    with pytest.raises(BadSample, match="has changed since"):
+        read_sample(index.records[3], index.labels)
+
+
+def test_a_member_that_says_less_than_it_holds_is_refused(tmp_path: Path):
+    """A zip bomb: its directory promises 10 bytes."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", DEFLATED) as archive:
+        archive.writestr("a", bytes(10_000_000))
+    data = path.read_bytes().replace((10_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+    path.write_bytes(data)
+    (bomb,) = list_zip(File(str(path)))
+    with pytest.raises(OSError, match="longer than the zip says"):
+        bomb.read()
+
+
+def test_a_member_of_more_than_memory_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "large.zip"
+    with zipfile.ZipFile(path, "w", DEFLATED) as archive:
+        archive.writestr("a", bytes(100_000))
+    monkeypatch.setattr(files, "MAX_BYTES", 99_999)
+    (large,) = list_zip(File(str(path)))
+    with pytest.raises(OSError, match="100000 bytes are too many"):
+        large.read()
+
+
+def test_other_packing_is_named(tmp_path: Path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("b/c.png", b"data")
+    with pytest.raises(TesseraError, match=r"b/c\.png is encrypted or packed"):
+        list(list_zip(File(str(path))))
+
+
+def test_names_that_lead_outside_are_only_names(tmp_path: Path):
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "set/a.zip", "w") as archive:
+        archive.writestr("../secret.txt", b"inside the zip")
+    tree = Tree(tmp_path / "set")
+    found = tree.file("../secret.txt")
+    assert found is not None
+    assert found.read() == b"inside the zip"
+    assert not (tmp_path / "secret.txt").exists()
+
+
+def test_sizes_and_checksums_are_the_same_on_disk_and_in_a_zip(tmp_path: Path):
+    data = np.random.default_rng(0).bytes(3_000_000)
+    (tmp_path / "one").write_bytes(data)
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", DEFLATED) as archive:
+        archive.write(tmp_path / "one", "one")
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w", DEFLATED) as archive:
+        archive.writestr("inner.zip", inner.getvalue())
+    (nested,) = list_zip(next(list_zip(File(str(tmp_path / "outer.zip")))))
+    loose = File(str(tmp_path / "one"))
+    assert (nested.size(), nested.crc(), nested.read()) == (loose.size(), loose.crc(), loose.read())
+    assert str(nested) == f"{tmp_path}/outer.zip/inner.zip/one"

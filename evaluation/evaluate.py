@@ -9,16 +9,16 @@ from itertools import islice
 from typing import Any
 
 from evaluation import coco_format
-from evaluation.pictures import encode_png, panoptic_overlay
 from evaluation.pq import PQStats, compare
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
+from preprocessing.pictures import Picture, encode_png, panoptic_overlay
 from preprocessing.sample import Sample, decode_image, from_fields
 from preprocessing.shards import Shard, ShardSet, read_shard_samples
-from training.methods.base import Method, Picture
+from training.methods.base import Method
 from training.recipe import Recipe
 from training.run import load_method
 

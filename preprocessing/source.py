@@ -124,6 +124,8 @@ class Record(ABC):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             defects.append(self.defect(f"not a readable image ({error})", self.image))
             return data, None
+        if picture.mode.startswith(("I", "F")):
+            defects.append(self.defect(f"the image has more than 8 bits a channel ({picture.mode})", self.image))
         if picture.getexif().get(ORIENTATION, 1) != 1:
             problem = "EXIF says that the image is to be rotated; that is ignored, as COCO's annotations do"
             defects.append(self.defect(problem, self.image, usable=True))

@@ -7,20 +7,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
+from preprocessing.pictures import Picture
 from preprocessing.sample import decode_image
 from training.backbones.base import Backbone
 from training.backbones.weights import LoadReport
 from training.batch import Batch
-
-Picture = NDArray[np.uint8]
-"""RGB, (H, W, 3)."""
-
 
 Outputs = Any
 """What a method's network returns: a tensor or a tuple of tensors; only its own decoding looks inside."""

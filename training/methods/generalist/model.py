@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
+from preprocessing.pictures import Picture
 from training.backbones import build_backbone
 from training.backbones.base import Backbone
 from training.batch import Batch
-from training.methods.base import Method, Outputs, Picture
+from training.methods.base import Method, Outputs
 from training.methods.generalist.config import GeneralistConfig
 from training.methods.generalist.decode import centroid_picture, class_picture, decode
 from training.methods.generalist.loss import instance_losses, semantic_losses

@@ -9,7 +9,9 @@ from PIL import Image
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
-from training.methods.base import Picture
+
+Picture = NDArray[np.uint8]
+"""RGB, (H, W, 3)."""
 
 
 def panoptic_overlay(image_HW3: Picture, panoptic: PanopticMap, labels: LabelTable) -> Picture:

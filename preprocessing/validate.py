@@ -1,0 +1,250 @@
+"""`python -m preprocessing.validate DATA`: what a data set holds, all that is wrong with it, whether it can be used.
+
+Ends with 0 if every split can be trained on, with 1 if not. Reads every file once, computes nothing that lasts.
+"""
+
+import argparse
+import base64
+import os
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from infra.errors import TesseraError
+from preprocessing.labels import LabelTable
+from preprocessing.layouts import LAYOUTS, read_index
+from preprocessing.pictures import encode_png, panoptic_overlay
+from preprocessing.source import Defect, Examined, Record
+
+_CHUNK = 32
+_PICTURES = 12
+_SHOWN = 500
+"""Defects that the page lists one by one, of each split."""
+
+
+@dataclass
+class Findings:
+    """What was found in one split, or in a part of it; parts add up."""
+
+    images: int = 0
+    """Those that an annotation is there for."""
+    usable: int = 0
+    rejected: int = 0
+    """Entries and files that are not even a sample."""
+    segments: Counter[int] = field(default_factory=Counter)
+    """By contiguous category id, in usable images, as the next two."""
+    in_images: Counter[int] = field(default_factory=Counter)
+    pixels: Counter[int] = field(default_factory=Counter)
+    void_pixels: int = 0
+    crowds: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Height, width."""
+    contents: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+    """Image files by length and CRC-32."""
+    defects: list[Defect] = field(default_factory=list)
+    overlays: dict[int, str] = field(default_factory=dict)
+    """Base64 PNGs by image id."""
+
+    def __iadd__(self, other: "Findings") -> "Findings":
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+            elif isinstance(value, list):
+                getattr(self, name).extend(value)
+            elif name == "contents":
+                for content, files in value.items():
+                    self.contents.setdefault(content, []).extend(files)
+            else:
+                getattr(self, name).update(value)
+        return self
+
+    @property
+    def bad_share(self) -> float:
+        """Samples that would be set aside, of all."""
+        return 1 - self.usable / max(1, self.images + self.rejected)
+
+
+def examine_split(
+    root: Path, split: str, layout: str, workers: int, progress: Any = print
+) -> tuple[LabelTable, Findings]:
+    """Read every sample of a split. Raises TesseraError where the split as a whole cannot be read."""
+    index = read_index(root, split, layout)
+    total = Findings(rejected=len(index.rejected))
+    total.defects += [Defect(r.reason, r.file, r.image_id) for r in index.rejected]
+    drawn = frozenset(r.image_id for r in index.records[:: max(1, len(index.records) // _PICTURES)][:_PICTURES])
+    chunks = [index.records[i : i + _CHUNK] for i in range(0, len(index.records), _CHUNK)]
+    for findings in _each([(chunk, index.labels, drawn) for chunk in chunks], workers):
+        total += findings
+        progress(f"{split}: {total.images} of {len(index.records)} images, {len(total.defects)} defects")
+    return index.labels, total
+
+
+def _each(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Findings]:
+    if workers == 1:
+        yield from (_examine(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        yield from pool.map(_examine, *zip(*jobs, strict=True))
+
+
+def _examine(records: Iterable[Record], labels: LabelTable, drawn: frozenset[int]) -> Findings:
+    total = Findings()
+    for record in records:
+        found = record.examine(labels)
+        good = all(defect.usable for defect in found.defects)
+        part = Findings(images=1, usable=int(good), defects=list(found.defects))
+        if found.data:
+            part.contents = {(len(found.data), zlib.crc32(found.data)): [str(record.image)]}
+        if good and found.truth is not None:
+            part += _counted(found)
+        if record.image_id in drawn:
+            part.overlays = _overlay(record, found, labels)
+        total += part
+    return total
+
+
+def _counted(found: Examined) -> Findings:
+    assert found.truth is not None
+    segments = found.truth.segments
+    part = Findings(crowds=sum(s.is_crowd for s in segments), sizes=Counter([found.truth.size]))
+    part.void_pixels = found.truth.ids.size - sum(s.area for s in segments)
+    for s in segments:
+        part.segments[s.category] += 1
+        part.pixels[s.category] += s.area
+    part.in_images.update({s.category for s in segments})
+    return part
+
+
+def _overlay(record: Record, found: Examined, labels: LabelTable) -> dict[int, str]:
+    if found.picture is None or found.truth is None:
+        return {}
+    size = found.truth.size
+    image_HW3 = np.asarray(found.picture.convert("RGB"))
+    if image_HW3.shape[:2] != size:
+        return {}
+    png = encode_png(panoptic_overlay(image_HW3, found.truth, labels), size)
+    return {record.image_id: base64.b64encode(png).decode()}
+
+
+def compare_splits(found: Sequence[Findings]) -> None:
+    """Add to the defects of each split its pictures that occur before, in itself or in an earlier split."""
+    first: dict[tuple[int, int], str] = {}
+    for findings in found:
+        for content, files in findings.contents.items():
+            same = first.setdefault(content, files[0])
+            again = [file for file in files if file != same]
+            findings.defects += [Defect(f"the same picture as {same}", file, usable=True) for file in again]
+
+
+def kinds(defects: Iterable[Defect]) -> list[tuple[str, bool, int]]:
+    """What is wrong without numbers and names, whether it can be lived with, and how often; the worst first."""
+    counts = Counter((re.sub(r"/\S+|'[^']*'|-?\d+(\.\d+)?", "…", d.problem), d.usable) for d in defects)
+    return sorted(((kind, usable, n) for (kind, usable), n in counts.items()), key=lambda row: (row[1], -row[2]))
+
+
+def verdict(found: dict[str, tuple[LabelTable, Findings]], bad_share: float) -> list[str]:
+    """Why the data set cannot be trained on; empty if it can."""
+    reasons = []
+    for split, (_, findings) in found.items():
+        if findings.bad_share > bad_share or not findings.usable:
+            bad = findings.images + findings.rejected - findings.usable
+            of = f"{bad} of {findings.images + findings.rejected} samples"
+            reasons.append(f"{split}: {of} are unusable, above the limit of {bad_share:.1%}")
+    tables = [labels for labels, _ in found.values()]
+    if any(table != tables[0] for table in tables):
+        reasons.append(f"{', '.join(found)} list different categories")
+    return reasons
+
+
+def to_html(root: Path, found: dict[str, tuple[LabelTable, Findings]], reasons: Sequence[str]) -> str:
+    """One file that opens from disk without a network."""
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return templates.get_template("validate.html").render(
+        root=root, found=found, reasons=reasons, kinds=kinds, histogram=histogram, shown=_SHOWN, sum=sum
+    )
+
+
+def histogram(labels: LabelTable, findings: Findings) -> list[dict[str, Any]]:
+    """One row a category, in the label table's order."""
+    total = max(1, sum(findings.pixels.values()) + findings.void_pixels)
+    return [
+        {
+            "name": category.name,
+            "dataset_id": category.dataset_id,
+            "kind": "thing" if category.is_thing else "stuff",
+            "color": category.color,
+            "images": findings.in_images[i],
+            "segments": findings.segments[i],
+            "share": findings.pixels[i] / total,
+        }
+        for i, category in enumerate(labels.categories)
+    ]
+
+
+def to_text(split: str, labels: LabelTable, findings: Findings) -> str:
+    """What the terminal shows of a split."""
+    never = [c.name for i, c in enumerate(labels.categories) if not findings.segments[i]]
+    shown = f"; never: {', '.join(never[:8])}{', ...' if len(never) > 8 else ''}" if never else ""
+    sizes = f"{len(findings.sizes)} sizes" if len(findings.sizes) > 1 else f"{_by(findings.sizes)} px"
+    void = findings.void_pixels / max(1, findings.void_pixels + sum(findings.pixels.values()))
+    segments = sum(findings.segments.values())
+    lines = [
+        f"{split}: {findings.usable} of {findings.images + findings.rejected} samples can be used; {sizes}",
+        f"  {len(labels) - len(never)} of {len(labels)} categories occur{shown}",
+        f"  {segments} segments, {findings.crowds} of them crowds; {void:.1%} of the pixels void",
+    ]
+    lines += [f"  {'warning' if usable else 'ERROR'} {n} x {kind}" for kind, usable, n in kinds(findings.defects)]
+    for defect in findings.defects[:_SHOWN]:
+        named = "" if defect.image_id is None else f" (image {defect.image_id})"
+        lines.append(f"    {'-' if defect.usable else '!'} {defect.file}{named}: {defect.problem}")
+    if len(findings.defects) > _SHOWN:
+        lines.append(f"    and {len(findings.defects) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def _by(sizes: Counter[tuple[int, int]]) -> str:
+    return ", ".join(f"{width}x{height}" for height, width in sizes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m preprocessing.validate", description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of the data set")
+    parser.add_argument("--split", action="append", help="a split; may be repeated (train2017 and val2017)")
+    parser.add_argument("--layout", choices=[*LAYOUTS], default="coco")
+    parser.add_argument("--bad-share", type=float, default=0.01, help="share of unusable samples that is borne (0.01)")
+    parser.add_argument("--page", type=Path, default=Path("validate.html"), help="where the page of overlays goes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    options = parser.parse_args(arguments)
+    found, reasons = {}, []
+    for split in options.split or ["train2017", "val2017"]:
+        try:
+            found[split] = examine_split(options.data, split, options.layout, options.workers, _tell)
+        except TesseraError as error:
+            reasons.append(str(error))
+    compare_splits([findings for _, findings in found.values()])
+    for split, (labels, findings) in found.items():
+        sys.stdout.write(to_text(split, labels, findings) + "\n")
+    reasons += verdict(found, options.bad_share)
+    options.page.write_text(to_html(options.data.resolve(), found, reasons))
+    can = "cannot be trained on: " + "; ".join(reasons) if reasons else "can be trained on"
+    sys.stdout.write(f"{options.data} {can}\npage: {options.page.resolve()}\n")
+    return 1 if reasons else 0
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"\r\033[K{line}" if sys.stderr.isatty() else f"{line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

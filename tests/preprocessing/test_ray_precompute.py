@@ -1,11 +1,5 @@
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from infra.errors import TesseraError
@@ -13,20 +7,9 @@ from infra.store import FolderStore, open_store
 from preprocessing.coco import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, read_set
-from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.coco_folder import CocoFolder, cut
 
 CONFIG = ShardConfig(grid=(20, 30), radius=9, samples=5)
-SLOW = "ShardConfig(grid=(1000, 1000), radius=100, samples=1)"  # a tenth of a second a shard: time to be killed
-DRIVER = f"""
-import sys
-from infra.ray_cluster import session
-from preprocessing.coco import read_index
-from preprocessing.ray_precompute import precompute
-from preprocessing.shards import ShardConfig
-with session("local"):
-    precompute("train", read_index(sys.argv[1], "train2017"), {SLOW}, sys.argv[2])
-"""
 
 
 def times(store: FolderStore) -> dict[str, int]:
@@ -76,29 +59,3 @@ def test_bad_samples_fail_the_driver_by_name_and_mending_them_lets_it_go_on(coco
     after = times(folder)
     assert {key: after[key] for key in before} == before
     assert len(after) == len(before) + 3  # one shard, its record, the manifest
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_local")
-def test_a_killed_driver_leaves_work_that_a_rerun_takes_up(tmp_path: Path, folder: FolderStore):
-    coco = write_set(tmp_path, SyntheticConfig(train=24, val=1, size=(48, 48)))
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(coco), folder.url])
-    end = time.monotonic() + 60
-    while len(records(folder)) < 4:
-        assert driver.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    # Ray's two agents go last, after a minute; they compute nothing
-    children = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive, [process.cmdline() for process in alive]
-
-    before = records(folder)
-    assert 4 <= len(before) < 24
-    result = precompute("train", read_index(coco, "train2017"), eval(SLOW), folder.url)
-    assert [i for shard in result.shards for i in shard.image_ids] == list(range(1, 25))
-    after = records(folder)
-    assert len(after) == 24
-    assert {key: after[key] for key in before} == before

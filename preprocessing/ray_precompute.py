@@ -62,13 +62,14 @@ def precompute(name: str, index: Index, config: ShardConfig, store_url: str, bad
         for rejected in shard.rejected:
             log.warning("%s: set aside: %s", name, rejected)
 
-    ray_cluster.map_tasks(_compute, ((store.url, job) for job in jobs), report)
+    ray_cluster.map_tasks(compute, ((store.url, job) for job in jobs), report)
     if finished is not None:
         return finished
     return commit(store, planned, index, config, [computed.shard for computed in done], bad_share)
 
 
-def _compute(store_url: str, job: ShardJob) -> Computed:
+def compute(store_url: str, job: ShardJob) -> Computed:
+    """`compute_shard` as a Ray task."""
     started = time.process_time()
     shard = compute_shard(store_url, job)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -97,7 +97,7 @@ def test_a_killed_worker_costs_its_shard(coco: Path, server: S3Server, undisturb
     store = fresh(server)
     run = start(coco, store)
     when(lambda: len(records(store)) >= 4, run)
-    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.name().startswith("ray::_compute")]
+    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.name().startswith("ray::compute")]
     assert workers
     for worker in workers:
         worker.kill()

@@ -139,8 +139,27 @@ def test_a_recipe_may_last_longer_and_its_warm_up_keeps_its_share():
         assert dataclasses.replace(train, epochs=6, warmup_epochs=0.1) == debug().train
 
 
-def test_evaluation_shards_keep_the_images_sizes():
-    assert demo().val_shards == dataclasses.replace(demo().shards, grid=None)
+def test_evaluation_shards_keep_the_images_sizes_and_have_no_distances():
+    assert demo().val_shards == dataclasses.replace(demo().shards, grid=None, radius=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method.eds_distance": 3.0},
+        {"method.eds_min": 0.5},
+        {"method.frequencies": 2},
+        {"method.boundaries": "panoptic"},
+        {"method.void_kept": False},
+        {"method.encoding": "classes", "method.relative": False, "method.half_period": False, "method.squared": False},
+        {"train.seed": 5},
+    ],
+    ids=str,
+)
+def test_what_shards_do_not_depend_on_computes_none_anew(options: dict):
+    changed = demo().changed(options)
+    assert (changed.shards, changed.val_shards) == (demo().shards, demo().val_shards)
+    assert changed.run_path("a") != demo().run_path("a")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ from preprocessing.geometry import Size, resize_labels
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.sample import decode_image, from_fields, make_sample
-from preprocessing.shards import read_set, read_shard_samples
+from preprocessing.shard_reading import read_shard_samples
+from preprocessing.shards import read_set
 from preprocessing.source import Record
 from training.backbones.vit import VitConfig
 from training.batch import Example, collate

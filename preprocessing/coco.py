@@ -170,7 +170,7 @@ def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
 def _read_json(file: File) -> dict[str, Any]:
     try:
         content = json.loads(file.read())
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise TesseraError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise TesseraError(f"{file}: holds a {type(content).__name__}; expected a COCO panoptic JSON")

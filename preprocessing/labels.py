@@ -46,7 +46,7 @@ class LabelTable:
         """Read the `categories` list of a COCO panoptic JSON.
 
         Raises TesseraError naming `source` when an entry lacks `id`, `name` or `isthing` (an ordinary
-        detection JSON has no `isthing`). A missing colour is derived from the position.
+        detection JSON has no `isthing`), or has another type in them. A missing colour is derived from the position.
         """
         table = []
         for position, entry in enumerate(categories):
@@ -54,15 +54,13 @@ class LabelTable:
             if missing:
                 hint = " (is this the detection JSON?)" if "isthing" in missing else ""
                 raise TesseraError(f"{source}: category {entry} lacks {sorted(missing)}{hint}")
-            color = entry.get("color") or _spread_color(position)
-            table.append(
-                Category(
-                    int(entry["id"]),
-                    str(entry["name"]),
-                    bool(entry["isthing"]),
-                    (int(color[0]), int(color[1]), int(color[2])),
-                )
-            )
+            try:
+                red, green, blue = (int(value) for value in entry.get("color") or _spread_color(position))
+                number = int(entry["id"])
+            except (TypeError, ValueError) as error:
+                expected = "expected an integer id, and three integers as color"
+                raise TesseraError(f"{source}: category {entry}: {expected}") from error
+            table.append(Category(number, str(entry["name"]), bool(entry["isthing"]), (red, green, blue)))
         return cls(tuple(table))
 
     def to_coco(self) -> list[dict[str, Any]]:

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import TesseraError
-from preprocessing import coco
+from preprocessing import ade20k, cityscapes, coco, instances
 from preprocessing.source import Index
 
 LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
     "coco": coco.read_index,
+    "cityscapes": cityscapes.read_index,
+    "ade20k": ade20k.read_index,
+    "ade20k-full": ade20k.read_full_index,
+    "instances": instances.read_index,
 }
 """Name -> how a split of a folder is indexed; each function's docstring says what it expects to find."""
 

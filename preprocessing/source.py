@@ -179,7 +179,7 @@ def without_repeats(records: Iterable[Record]) -> tuple[list[Record], list[Rejec
         by_id.setdefault(record.image_id, []).append(record)
     single = [same[0] for same in by_id.values() if len(same) == 1]
     repeated = [
-        Rejected(i, str(record.masks[0]), f"{len(same)} annotations have the image id {i}, expected one")
+        Rejected(i, str(record.masks[0]), f"{len(same)} entries have the image id {i}, expected one")
         for i, same in by_id.items()
         if len(same) > 1
         for record in same

@@ -128,7 +128,7 @@ def test_an_annotation_without_image_is_set_aside(coco: CocoFolder):
 def test_an_image_annotated_twice_is_set_aside_with_both(coco: CocoFolder):
     with coco.editing() as content:
         content["annotations"].append(content["annotations"][6])
-    assert rejections(coco) == [(str(coco.mask(6)), "2 annotations have the image id 7, expected one")] * 2
+    assert rejections(coco) == [(str(coco.mask(6)), "2 entries have the image id 7, expected one")] * 2
     assert [r.image_id for r in coco.index().records] == [*range(1, 7), *range(8, 13)]
 
 

@@ -196,7 +196,7 @@ def image_not_listed(p: Patient) -> None:
 
 def annotated_twice(p: Patient) -> None:
     p.content["annotations"].append(p.entry)
-    p.expect(p.mask, f"2 annotations have the image id {p.entry['image_id']}")
+    p.expect(p.mask, f"2 entries have the image id {p.entry['image_id']}")
 
 
 def mask_without_entry(p: Patient) -> None:

@@ -1,0 +1,299 @@
+"""Instance masks over a semantic map: how both are merged, and COCO's detection JSON with semantic PNGs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import TesseraError
+from preprocessing import rle
+from preprocessing.files import File, Folder, Tree
+from preprocessing.kernels import UNKNOWN
+from preprocessing.labels import LabelTable
+from preprocessing.paired import GRAY, find_folder, make_index, read_png, wrong_values
+from preprocessing.panoptic_map import PanopticMap, Segment, measured
+from preprocessing.source import BadSample, Defect, Index, Record, Rejected, stable_id
+
+_LAYOUT = "a detection JSON with semantic PNGs"
+_VOID = 255
+"""Void in semantic PNGs, unless a category has this id; so is 0, always."""
+_VALUES = 1 << 16
+"""Of 16-bit gray."""
+
+
+class Instance(NamedTuple):
+    """One mask."""
+
+    category: int
+    """The data set's own id, of a thing."""
+    mask_HW: NDArray[np.bool_]
+    is_crowd: bool = False
+
+
+def from_instances_and_semantics(
+    semantic_HW: NDArray[np.integer[Any]], instances: Sequence[tuple[int, NDArray[np.bool_], bool]], labels: LabelTable
+) -> PanopticMap:
+    """Make a panoptic map of overlapping instance masks and a semantic map.
+
+    semantic_HW: integers (H, W), the data set's own category ids, 0 = void, 255 = void if no category has that
+    id. instances: (category, mask_HW, is_crowd) each, category being the data set's own id of a thing and
+    mask_HW bool (H, W). No array is changed.
+
+    Instances lie over semantics. Among instances, crowds lie below all others; of two crowds, and of two others,
+    the one with the larger mask lies below; of equally large ones the later one lies on top. Semantic pixels of
+    a thing that no instance covers are void. What is left without a pixel has no segment. Ids are 1..N: instances
+    in the order given, then stuff in the order of `labels`; areas, boxes and centroids are counted.
+
+    Raises TesseraError for an array of another shape or dtype, a category that `labels` lacks, and an
+    instance of stuff.
+    """
+    if semantic_HW.ndim != 2 or not np.issubdtype(semantic_HW.dtype, np.integer):
+        raise TesseraError(f"semantics: expected integers (H, W), got {semantic_HW.dtype} {semantic_HW.shape}")
+    checked = [_checked(Instance(*instance), semantic_HW, number, labels) for number, instance in enumerate(instances)]
+    ids = [int(i) for i in np.unique(semantic_HW)]
+    unknown = [i for i in ids if i not in labels.contiguous and i not in (0, _VOID)]
+    if unknown:
+        raise TesseraError(f"semantics: categories {unknown[:5]} are not in the table")
+    label_N = np.array([labels.contiguous.get(i, -1) + 1 if i else 0 for i in ids], np.int32)
+    try:
+        return _without_empty(*_painted(label_N[np.searchsorted(ids, semantic_HW)], checked, labels))
+    except BadSample as problem:
+        raise TesseraError(str(problem)) from problem
+
+
+def _checked(instance: Instance, semantic_HW: NDArray[np.integer[Any]], number: int, labels: LabelTable) -> Instance:
+    mask_HW = instance.mask_HW
+    if mask_HW.shape != semantic_HW.shape or mask_HW.dtype != np.bool_:
+        expected = f"bool {semantic_HW.shape} as the semantics have it"
+        raise TesseraError(f"instance {number}: expected {expected}, got {mask_HW.dtype} {mask_HW.shape}")
+    try:
+        _thing(instance.category, labels)
+    except BadSample as problem:
+        raise TesseraError(f"instance {number}: {problem}") from problem
+    return instance
+
+
+def _thing(category: Any, labels: LabelTable) -> int:
+    """Contiguous id of a thing's dataset id. Raises BadSample if it is none."""
+    contiguous = labels.contiguous.get(int(category)) if isinstance(category, int | np.integer) else None
+    if contiguous is None:
+        raise BadSample(f"the category {category!r} is unknown")
+    if not labels.is_thing[contiguous]:
+        raise BadSample(f"the category {category} ({labels.names[contiguous]}) is stuff, expected a thing")
+    return contiguous
+
+
+def _painted(
+    semantic_HW: NDArray[np.int32], instances: Sequence[Instance], labels: LabelTable
+) -> tuple[NDArray[np.uint16], list[Segment]]:
+    """Labels and measured segments, instances first; those that are covered have the area 0.
+
+    semantic_HW: contiguous id + 1, 0 = void. Raises BadSample for more instances than labels.
+    """
+    stuff = [int(c) - 1 for c in np.flatnonzero(np.bincount(semantic_HW.ravel())) if c and not labels.is_thing[c - 1]]
+    if len(instances) + len(stuff) >= UNKNOWN:
+        raise BadSample(f"{len(instances)} instances in one image; at most {UNKNOWN - 1 - len(stuff)} fit")
+    label_N = np.zeros(len(labels) + 1, np.uint16)
+    label_N[np.array(stuff, int) + 1] = len(instances) + 1 + np.arange(len(stuff))
+    labels_HW = label_N[semantic_HW]
+    areas = [int(np.count_nonzero(instance.mask_HW)) for instance in instances]
+    for i in sorted(range(len(instances)), key=lambda i: (not instances[i].is_crowd, -areas[i], i)):
+        labels_HW[instances[i].mask_HW] = i + 1
+    segments = [Segment(0, labels.contiguous[i.category], True, bool(i.is_crowd)) for i in instances]
+    segments += [Segment(0, category, False) for category in stuff]
+    return labels_HW, measured(labels_HW, segments)
+
+
+def _without_empty(labels_HW: NDArray[np.uint16], segments: Sequence[Segment]) -> PanopticMap:
+    kept = [segment for segment in segments if segment.area]
+    renumber_N = np.zeros(len(segments) + 1, np.int32)
+    renumber_N[[segment.id for segment in kept]] = np.arange(1, len(kept) + 1)
+    return PanopticMap(renumber_N[labels_HW], tuple(replace(s, id=i) for i, s in enumerate(kept, start=1)))
+
+
+@dataclass(frozen=True)
+class InstancesRecord(Record):
+    """An image with its semantic PNG and its own rows of the detection JSON."""
+
+    semantic: File
+    annotations: str
+    """The rows, as JSON: a fraction of what their objects would take."""
+
+    @property
+    def masks(self) -> tuple[File, ...]:
+        """The semantic PNG."""
+        return (self.semantic,)
+
+    def facts(self) -> Any:
+        """The rows."""
+        return self.annotations
+
+    def read_truth(self, labels: LabelTable, defects: list[Defect]) -> PanopticMap | None:
+        """Both merged as `from_instances_and_semantics` says; what is left without a pixel is a usable defect."""
+        semantic_HW = self._semantics(labels, defects)
+        if semantic_HW is None:
+            return None
+        rows, instances = self._instances(labels, defects)
+        try:
+            labels_HW, segments = _painted(semantic_HW, instances, labels)
+        except BadSample as problem:
+            defects.append(self.defect(str(problem)))
+            return None
+        names = [f"annotation {row.get('id')}" for row in rows]
+        names += [f"stuff {labels.names[segment.category]!r}" for segment in segments[len(rows) :]]
+        for name, segment in zip(names, segments, strict=True):
+            if segment.area == 0:
+                defects.append(self.defect(f"{name} has no pixel, or none that others leave it", usable=True))
+        if not any(segment.area for segment in segments):
+            defects.append(self.defect("every pixel is void", usable=True))
+        return _without_empty(labels_HW, segments)
+
+    def _semantics(self, labels: LabelTable, defects: list[Defect]) -> NDArray[np.int32] | None:
+        """Contiguous id + 1 of each pixel, 0 for void and for categories that there are not."""
+        ids_HW = read_png(self, self.semantic, GRAY, defects)
+        if ids_HW is None:
+            return None
+        height, width = ids_HW.shape
+        if (height, width) != self.size and self.size:
+            says = f"the JSON says {self.size[1]}x{self.size[0]}"
+            defects.append(self.defect(f"the semantic PNG is {width}x{height}, {says}"))
+            return None
+        label_N = np.zeros(_VALUES, np.int32)
+        for dataset_id, contiguous in labels.contiguous.items():
+            if 0 < dataset_id < _VALUES:
+                label_N[dataset_id] = contiguous + 1
+        semantic_HW = label_N[ids_HW]
+        unknown_HW = (semantic_HW == 0) & (ids_HW != 0) & (ids_HW != _VOID)
+        defects += wrong_values(self, ids_HW, unknown_HW, "the category {} is unknown".format, self.semantic)
+        return semantic_HW
+
+    def _instances(self, labels: LabelTable, defects: list[Defect]) -> tuple[list[dict[str, Any]], list[Instance]]:
+        """Rows and masks of the annotations that can be understood."""
+        assert self.size
+        rows, instances = [], []
+        for row in json.loads(self.annotations):
+            try:
+                _thing(row.get("category_id"), labels)
+                mask_HW = rle.decode(row.get("segmentation"), self.size)
+            except (BadSample, ValueError) as problem:
+                number = row.get("id") if isinstance(row.get("id"), int) else None
+                defects.append(self.defect(f"annotation {row.get('id')}: {problem}", segment=number))
+                continue
+            rows.append(row)
+            instances.append(Instance(row["category_id"], mask_HW, bool(row.get("iscrowd", 0))))
+        return rows, instances
+
+
+def read_index(root: str | Path, split: str) -> Index:
+    """Read `root/annotations/instances_<split>.json`, semantic PNGs and images, from folders or zips at the root.
+
+    `annotations/semantic_<split>/<stem>.png`: 8-bit or 16-bit gray, a pixel is a category id of the JSON; 0 is
+    void, and so is 255 if no category has that id. `<split>/`: the images, as the JSON names them.
+
+    Which categories are things must be told, since a guess from the instances of one split may differ from
+    another's: `annotations/categories.json`, a list of categories as COCO's panoptic JSONs have it (or an object
+    with such a list as `categories`), or else `isthing` in every category of the JSON. Raises TesseraError if
+    neither is there, if both disagree, for a category 0, a missing folder or file, a JSON that is not a detection
+    one, and an empty data set. Entries that cannot be paired are rejected.
+    """
+    tree = Tree(root)
+    name = f"annotations/instances_{split}.json"
+    file = tree.file(name)
+    if file is None:
+        raise TesseraError(f"{tree.root / name}: not found (expected {_LAYOUT} under {tree.root})")
+    semantics = find_folder(tree, [f"annotations/semantic_{split}"], _LAYOUT)
+    images = find_folder(tree, [split], _LAYOUT)
+    content = _read_json(file)
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in _PARTS):
+        raise TesseraError(f"{file}: expected a COCO detection JSON with the lists {', '.join(_PARTS)}")
+    labels = _labels(tree.file("annotations/categories.json"), content["categories"], file)
+    rows, rejected = _rows_by_image(content, file)
+    records: list[Record] = []
+    for entry in content["images"]:
+        try:
+            records.append(_record(entry, rows, semantics, images))
+        except BadSample as problem:
+            rejected.append(Rejected(None, str(file), str(problem)))
+    named = {record.masks[0] for record in records}
+    strays = [semantics.files[name] for name in sorted(semantics.files) if name.endswith(".png")]
+    rejected += [
+        Rejected(None, str(stray), "the PNG has no image in the JSON") for stray in strays if stray not in named
+    ]
+    return make_index(labels, records, rejected, str(file))
+
+
+_PARTS = ("images", "annotations", "categories")
+
+
+def _read_json(file: File) -> Any:
+    try:
+        return json.loads(file.read())
+    except (OSError, RecursionError, ValueError) as error:
+        raise TesseraError(f"{file}: not valid JSON ({error})") from error
+
+
+def _labels(table: File | None, own: list[Any], file: File) -> LabelTable:
+    read = _read_json(table) if table else own
+    told = _entries(read.get("categories") if isinstance(read, dict) else read, table or file)
+    if table is None and any("isthing" not in category for category in _entries(own, file)):
+        expected = f"annotations/categories.json with the categories as COCO's panoptic JSONs have them, beside {file}"
+        raise TesseraError(f"{file}: its categories do not say which are things (isthing); expected {expected}")
+    labels = LabelTable.from_coco(told, str(table or file))
+    if 0 in labels.contiguous:
+        raise TesseraError(
+            f"{table or file}: a category has the id 0, which is void in semantic PNGs; expected 1 and more"
+        )
+    entry_by_id = {category["id"]: category for category in labels.to_coco()}
+    for category in _entries(own, file):
+        known = entry_by_id.get(category.get("id"))
+        if known is None or any(category.get(key, known[key]) != known[key] for key in ("name", "isthing")):
+            raise TesseraError(f"{file}: the category {category} is not the {known} of {table or file}")
+    return labels
+
+
+def _entries(categories: Any, file: File) -> list[dict[str, Any]]:
+    if not isinstance(categories, list) or not all(
+        isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories
+    ):
+        raise TesseraError(f"{file}: expected categories as a list of objects with integer ids")
+    return categories
+
+
+def _rows_by_image(content: dict[str, Any], file: File) -> tuple[dict[Any, list[dict[str, Any]]], list[Rejected]]:
+    """Annotations by image id, and those that have no image."""
+    rows: dict[Any, list[dict[str, Any]]] = {
+        image["id"]: []
+        for image in content["images"]
+        if isinstance(image, dict) and isinstance(image.get("id"), int | str)
+    }
+    rejected = []
+    for number, row in enumerate(content["annotations"]):
+        owner = row.get("image_id") if isinstance(row, dict) else None
+        if isinstance(owner, int | str) and owner in rows:
+            rows[owner].append(row)
+        else:
+            reason = f"annotation {row.get('id') if isinstance(row, dict) else number} has the image {owner!r}"
+            rejected.append(Rejected(None, str(file), f"{reason}, which is not in the JSON's images"))
+    return rows, rejected
+
+
+def _record(entry: Any, rows: Mapping[Any, list[dict[str, Any]]], semantics: Folder, images: Folder) -> InstancesRecord:
+    if not isinstance(entry, dict):
+        raise BadSample(f"an image is {entry!r}, expected an object")
+    number, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
+    if not isinstance(number, int | str):
+        raise BadSample(f"an image has the id {number!r}, expected an integer or a name")
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
+        raise BadSample(f"image {number} has the size {height!r}, {width!r}, expected positive integers")
+    if not isinstance(name, str) or not name.isprintable():
+        raise BadSample(f"image {number} has the file_name {name!r}, expected a path")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise BadSample(f"image {number}: the file name {name!r} leads outside the data set")
+    image_id = number if isinstance(number, int) else stable_id(number)
+    mask = semantics.file(path.with_suffix(".png").as_posix())
+    return InstancesRecord(image_id, images.file(name), (height, width), mask, json.dumps(rows[number]))

@@ -1,0 +1,85 @@
+"""Instance masks as COCO's detection JSON writes them: polygons, run lengths, compressed run lengths."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocessing.geometry import Size
+
+_MAX_BITS = 40
+"""No count of an image needs more."""
+
+
+def decode(segmentation: Any, size: Size) -> NDArray[np.bool_]:
+    """One annotation's `segmentation` -> bool (H, W) of `size`; several polygons are united, none is an empty mask.
+
+    ValueError with what is wrong and what was expected. All is checked before pycocotools rasterises polygons,
+    which trusts what it is given; run lengths never get there.
+    """
+    if isinstance(segmentation, list):
+        return _from_polygons([_checked(polygon, size) for polygon in segmentation], size)
+    if not isinstance(segmentation, dict):
+        raise ValueError(f"the segmentation is {segmentation!r}, expected polygons or RLE")
+    if segmentation.get("size") != list(size):
+        raise ValueError(f"the RLE's size is {segmentation.get('size')}, expected {list(size)} (height, width)")
+    counts = segmentation.get("counts")
+    return _from_counts(unpack(counts) if isinstance(counts, str) else counts, size)
+
+
+def unpack(text: str) -> list[int]:
+    """The run lengths in a compressed RLE. ValueError if it is none.
+
+    Each character holds 6 bits, from "0" on: 5 of a number, low ones first, and whether more follow; the last
+    group's highest bit is the sign. From the fourth number on, the one two before is to be added.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - ord("0")
+        if not 0 <= bits < 64 or shift > _MAX_BITS:
+            raise ValueError(f"the RLE cannot be unpacked at its count {len(counts)}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        value -= (bits >> 4 & 1) << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("the RLE ends within a count")
+    return counts
+
+
+def _from_counts(counts: Any, size: Size) -> NDArray[np.bool_]:
+    """Lengths of runs down the columns, which are outside and inside by turns."""
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("the RLE's counts are no list of integers from 0 on")
+    if sum(counts) != size[0] * size[1]:
+        raise ValueError(
+            f"the RLE's counts add up to {sum(counts)}, expected {size[0] * size[1]} = {size[0]} * {size[1]}"
+        )
+    inside_N = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return np.ascontiguousarray(inside_N.reshape(size[1], size[0]).T)
+
+
+def _checked(polygon: Any, size: Size) -> list[float]:
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        count = f"of {len(polygon)} numbers" if isinstance(polygon, list) else repr(polygon)
+        raise ValueError(f"a polygon {count}, expected x, y of three points at least")
+    if not all(isinstance(number, int | float) for number in polygon):
+        raise ValueError("a polygon holds something other than numbers")
+    # pycocotools walks edges pixel by pixel, so far coordinates cost without end; a mask needs none of them
+    for number, extent in zip(polygon, (size[1], size[0]) * (len(polygon) // 2), strict=True):
+        if not -extent <= number <= 2 * extent:
+            raise ValueError(f"a polygon has the coordinate {number}, expected at most the image's size away from it")
+    return [float(number) for number in polygon]
+
+
+def _from_polygons(polygons: list[list[float]], size: Size) -> NDArray[np.bool_]:
+    from pycocotools import mask as coco_mask
+
+    if not polygons:
+        return np.zeros(size, np.bool_)
+    united = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+    return np.ascontiguousarray(coco_mask.decode(united), np.bool_)

@@ -25,9 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bars import bar, finish
 from benchmarks.model_size import COCO
-from preprocessing.kernels import squared_distance
 from preprocessing.panoptic_map import Segment, measured
-from preprocessing.sample import instance_groups, semantic_groups
+from preprocessing.sample import distances
 from training.batch import Batch, Example, collate
 from training.methods.base import Method
 from training.recipe import Recipe
@@ -72,8 +71,8 @@ def scene(size: tuple[int, int], seed: int) -> Example:
     labels_HW = np.ascontiguousarray(blocks[np.ix_(*(np.arange(n) * 7 // n for n in size))])
     kinds = [Segment(0, i if i % 2 else 80 + i, bool(i % 2)) for i in range(SEGMENTS)]
     rows = tuple(measured(labels_HW, kinds))
-    maps = [squared_distance(labels_HW, groups(rows), 50) for groups in (semantic_groups, instance_groups)]
-    return Example(str(seed), rng.integers(0, 256, (*size, 3), np.uint8), labels_HW, *maps, rows)
+    d2_H2W = distances(labels_HW, rows, 50)
+    return Example(str(seed), rng.integers(0, 256, (*size, 3), np.uint8), labels_HW, d2_H2W, rows)
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:

@@ -17,7 +17,8 @@ from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture, encode_png, panoptic_overlay
 from preprocessing.sample import Sample, decode_image, from_fields
-from preprocessing.shards import Shard, ShardSet, read_shard_samples
+from preprocessing.shard_reading import read_shard_samples
+from preprocessing.shards import Shard, ShardSet
 from training.methods.base import Method
 from training.recipe import Recipe
 from training.run import load_method

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from mypy_boto3_s3 import S3Client
 
-_ATTEMPTS = 4
+_REQUESTS = 12  # of botocore, whose waits double from 50 ms up to 20 s, each at random down to 0: half a minute in all
+_ATTEMPTS = 4  # to read a body whose connection breaks; each is patient in its requests
 _BUFFER_BYTES = 1 << 20
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _LOST = (HTTPClientError, IncompleteReadError, HTTPError)  # a connection that broke under a stream
@@ -171,6 +172,13 @@ class S3Store(Store):
         with _CONNECTING:
             return _connect(os.getpid(), environment, self.hurried)
 
+    def read(self, key: str) -> bytes:
+        with _telling("read", url := self.url_for(key)):  # at once: half the work of a stream's pieces
+            for attempt in range(_ATTEMPTS):
+                with suppress(*(_LOST if attempt < _ATTEMPTS - 1 else ())):
+                    return self._client.get_object(**_address(url))["Body"].read()
+        raise AssertionError("the last attempt returns or raises")
+
     def open(self, key: str) -> BinaryIO:
         with _telling("read", url := self.url_for(key)):
             get = partial(self._client.get_object, **_address(url))
@@ -265,7 +273,7 @@ os.register_at_fork(before=_CONNECTING.acquire, after_in_parent=_CONNECTING.rele
 @lru_cache(maxsize=16)
 def _connect(pid: int, environment: tuple[tuple[str, str], ...], hurried: bool) -> "S3Client":
     """One client for each process, as sockets do not survive a fork, and for each set of AWS_* variables."""
-    seconds, attempts = (3, 2) if hurried else (60, _ATTEMPTS)
+    seconds, attempts = (3, 2) if hurried else (30, _REQUESTS)
     config = Config(
         connect_timeout=min(5, seconds),
         read_timeout=seconds,

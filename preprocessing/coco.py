@@ -56,7 +56,7 @@ class CocoRecord(Record):
         if data is None:
             return None
         try:
-            labels_HW, *measures = _read_labels(data, np.array([*rows], np.int32))
+            labels_HW, measures = rgb_ids.read_labels(data, np.array([*rows], np.int32))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             defects.append(self.defect(f"not a readable panoptic PNG ({error})"))
             return None
@@ -257,12 +257,3 @@ def _unpaired(
             if number not in annotated and PurePosixPath(name).stem not in stems:
                 reason = "the image has no annotation in the JSON"
                 yield Rejected(number if isinstance(number, int) else None, f"{images.path}/{name}", reason)
-
-
-def _read_labels(data: bytes, ids_N: NDArray[np.int32]) -> Any:
-    from preprocessing.kernels import measure, relabel
-
-    raw_HW = rgb_ids.read_png(data)
-    order = np.argsort(ids_N)
-    dense_HW = relabel(raw_HW, ids_N[order], (order + 1).astype(np.uint16))
-    return dense_HW, *measure(np.where(dense_HW == UNKNOWN, 0, dense_HW), len(ids_N))

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra.errors import TesseraError
+from preprocessing.kernels import UNKNOWN, Measures, measure, read_scanlines, relabel
+from preprocessing.png import rgb_scanlines
 
 MAX_ID = 256**3 - 1
 
@@ -30,6 +32,31 @@ def read_png(data: bytes) -> NDArray[np.int32]:
         if image.mode != "RGB":
             raise ValueError(f"a panoptic PNG is 8-bit RGB, this one is {image.mode}")
         return decode(np.asarray(image))
+
+
+def read_labels(data: bytes, ids_N: NDArray[np.int32]) -> tuple[NDArray[np.uint16], Measures]:
+    """PNG bytes and the ids of its segments -> labels and their areas, boxes and centroids, in one pass.
+
+    ids_N: int32, distinct, 1..MAX_ID, fewer than UNKNOWN. Returns the labels, uint16 (H, W): i + 1 for ids_N[i],
+    0 = void for id 0, UNKNOWN for ids that are not listed; and what `kernels.measure` returns, where UNKNOWN is
+    left out: there is some if the areas do not add up to H W. Raises ValueError for damaged data and what is
+    not RGB; where Pillow has to read (interlaced PNGs), what Pillow raises.
+    """
+    if ids_N.size >= UNKNOWN:
+        raise TesseraError(f"{ids_N.size} segments in one image; at most {UNKNOWN - 1} fit")
+    order_N = np.argsort(ids_N)
+    sorted_ids_N, labels_N = ids_N[order_N], (order_N + 1).astype(np.uint16)
+    lines_HB = rgb_scanlines(data)
+    if lines_HB is not None:
+        return read_scanlines(lines_HB, sorted_ids_N, labels_N)
+    labels_HW = relabel(read_png(data), sorted_ids_N, labels_N)
+    return labels_HW, _measured_known(labels_HW, ids_N.size)
+
+
+def _measured_known(labels_HW: NDArray[np.uint16], segments: int) -> Measures:
+    """`measure` without UNKNOWN, which is counted as one more segment and cut off."""
+    area_N, box_N4, centroid_N2 = measure(np.minimum(labels_HW, np.uint16(segments + 1)), segments + 1)
+    return area_N[:-1], box_N4[:-1], centroid_N2[:-1]
 
 
 def write_png(ids_HW: NDArray[np.int32]) -> bytes:

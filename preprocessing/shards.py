@@ -7,7 +7,6 @@ share shards, a rerun computes nothing and images added to a data set cost only 
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ from pathlib import PurePath
 from typing import Any
 
 import webdataset as wds
-from webdataset import tariterators
 
 from infra import artifacts
 from infra.errors import TesseraError
@@ -23,7 +21,7 @@ from infra.store import Store, open_store
 from preprocessing.geometry import Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import LabelTable
-from preprocessing.sample import FIELDS, SCHEMA_VERSION, make_sample, to_fields
+from preprocessing.sample import SCHEMA_VERSION, make_sample, to_fields
 from preprocessing.source import BadSample, Index, Record, Rejected
 
 FOLDER = "precompute"
@@ -192,27 +190,6 @@ def read_shard(store: Store, key: str) -> Shard | None:
     """The record of a finished shard, or None."""
     record = _record_key(key)
     return _shard(json.loads(store.read(record))) if store.exists(record) else None
-
-
-def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, Any]]:
-    """The files of each sample of one shard, in the order of the tar. TesseraError if it is not whole.
-
-    The store opens the tar, not webdataset, for whom a URL may be a shell command.
-    """
-    store, found = open_store(store_url), 0
-    try:
-        with store.open(shard.key) as stream:
-            files = tariterators.tar_file_expander([{"url": shard.key, "stream": stream}])
-            for fields in tariterators.group_by_keys(files):
-                if not fields.keys() >= FIELDS:
-                    break
-                found += 1
-                yield fields
-    except tarfile.ReadError as error:
-        raise TesseraError(f"{store.url_for(shard.key)}: not a whole tar ({error}); delete it and run again") from error
-    if found != len(shard.image_ids):
-        url, expected = store.url_for(shard.key), len(shard.image_ids)
-        raise TesseraError(f"{url}: holds {found} whole samples, its record says {expected}; delete both and run again")
 
 
 def commit(

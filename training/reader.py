@@ -10,7 +10,6 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.sample import from_fields
-from preprocessing.shards import Shard, ShardSet, read_shard_samples
+from preprocessing.shard_reading import read_shard_samples
+from preprocessing.shards import Shard, ShardSet
 from training.batch import Batch, Example, collate
 
 
@@ -86,14 +86,15 @@ class BatchStream(IterableDataset[Batch]):
                 yield self._example(fields, epoch)
             skip = 0
 
-    def _shuffled(self, shards: list[Shard], epoch: int, reader: int) -> Iterator[dict[str, Any]]:
+    def _shuffled(self, shards: list[Shard], epoch: int, reader: int) -> Iterator[dict[str, bytes]]:
         raw = (fields for shard in shards for fields in read_shard_samples(self.store.url, shard))
         rng = random.Random(f"{self.config.seed} {epoch} {reader}")
         return iter(wds.shuffle(self.config.shuffle, initial=self.config.shuffle, rng=rng)(raw))
 
-    def _example(self, fields: dict[str, Any], epoch: int) -> Example:
-        example = Example.of(fields["__key__"], from_fields(fields))
-        coin = np.random.default_rng([self.config.seed, epoch, int(example.key)]).random()
+    def _example(self, fields: dict[str, bytes], epoch: int) -> Example:
+        sample = from_fields(fields)
+        example = Example.of(f"{sample.image_id:012d}", sample)
+        coin = np.random.default_rng([self.config.seed, epoch, sample.image_id]).random()
         return example.flipped() if self.config.flip and coin < 0.5 else example
 
 

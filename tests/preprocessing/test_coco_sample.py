@@ -196,4 +196,4 @@ def test_a_jpeg_as_mask_is_a_bad_sample(coco: CocoFolder):
     buffer = io.BytesIO()
     Image.open(coco.image(3)).save(buffer, format="JPEG")
     coco.mask(3).write_bytes(buffer.getvalue())
-    assert "is not in the JSON" in coco.reason(3)
+    assert f"{coco.mask(3)}: not a readable panoptic PNG (the data is not a PNG)" in coco.reason(3)

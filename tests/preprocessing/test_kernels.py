@@ -1,3 +1,7 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,10 +11,12 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from preprocessing.geometry import resize_labels
 from preprocessing.kernels import MAX_RADIUS, UNKNOWN, measure, relabel, squared_distance
 from preprocessing.panoptic_map import Segment
+from preprocessing.rgb_ids import read_labels
 from preprocessing.sample import instance_groups, semantic_groups
 from tests.support.label_maps import squared_distances
 
 RNG = np.random.default_rng(0)
+MASKS = Path(__file__).resolve().parents[3] / "shared/data/coco_mini/annotations/panoptic_val2017"
 
 
 def tiles(segments: int, size: tuple[int, int]) -> np.ndarray:
@@ -61,6 +67,32 @@ def test_squared_distances_are_scipys_to_the_last_integer(name: str, radius: int
 )
 def test_squared_distances_of_any_map_and_grouping(labels: np.ndarray, groups: np.ndarray, radius: int):
     assert np.array_equal(squared_distance(labels, groups, radius), squared_distances(groups[labels], radius))
+
+
+@pytest.mark.skipif(not MASKS.is_dir(), reason=f"{MASKS} is not there")
+@pytest.mark.parametrize("groups_of", [semantic_groups, instance_groups])
+def test_squared_distances_of_real_maps(groups_of: Callable[[tuple[Segment, ...]], np.ndarray]):
+    content = json.loads(MASKS.with_suffix(".json").read_text())
+    things = {c["id"] for c in content["categories"] if c["isthing"]}
+    for row in content["annotations"][:12]:
+        rows = row["segments_info"]
+        segments = [Segment(i, s["category_id"], s["category_id"] in things) for i, s in enumerate(rows, start=1)]
+        ids = np.array([s["id"] for s in rows], np.int32)
+        labels, _ = read_labels((MASKS / row["file_name"]).read_bytes(), ids)
+        groups = groups_of(tuple(segments))
+        for radius in (8, 50, MAX_RADIUS):
+            assert np.array_equal(squared_distance(labels, groups, radius), squared_distances(groups[labels], radius))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    arrays(np.uint16, st.tuples(st.integers(1, 4), st.integers(1, 5)), elements=st.integers(0, 3)),
+    st.tuples(st.integers(5, 70), st.integers(5, 400)),
+    st.integers(1, MAX_RADIUS),
+)
+def test_squared_distances_across_tiles(coarse: np.ndarray, size: tuple[int, int], radius: int):
+    labels, groups = resize_labels(coarse, size), np.arange(4, dtype=np.uint16)
+    assert np.array_equal(squared_distance(labels, groups, radius), squared_distances(labels, radius))
 
 
 def test_the_image_border_is_no_boundary():

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
-from preprocessing.sample import instance_groups, semantic_groups
+from preprocessing.sample import distances
 from preprocessing.synthetic import CATEGORIES, SHAPES, draw_scene
 from training.batch import Batch, Example, collate
 
@@ -30,8 +29,7 @@ def example_of(labels_HW: np.ndarray, segments: Sequence[Segment], key: str = "1
     if rgb is None:
         rgb = np.random.default_rng(0).integers(0, 256, (*labels_HW.shape, 3), np.uint8)
     rows = tuple(measured(labels_HW, segments))
-    d2 = [squared_distance(labels_HW, groups(rows), RADIUS) for groups in (semantic_groups, instance_groups)]
-    return Example(key, rgb, labels_HW, *d2, rows)
+    return Example(key, rgb, labels_HW, distances(labels_HW, rows, RADIUS), rows)
 
 
 def scene(seed: int, size: tuple[int, int] = (32, 32)) -> Example:

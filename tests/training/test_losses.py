@@ -203,7 +203,7 @@ def test_a_perfect_instance_head_costs_nothing(config: GeneralistConfig):
 @pytest.mark.parametrize("name", ["embedding", "embedding, squared", "direct", "classes"])
 def test_crowds_cost_nothing_whatever_is_said_of_them(name: str):
     case = Case(*MIXED, config=CONFIGS[name])
-    crowd_BHW = case.batch.crowd_BN.gather(1, case.batch.labels_BHW.flatten(1)).view(case.batch.labels_BHW.shape)
+    crowd_BHW = case.batch.crowd_BN.gather(1, case.batch.labels_BHW.long().flatten(1)).view(case.batch.labels_BHW.shape)
     assert crowd_BHW.any()
     other = (
         case.predicted
@@ -219,7 +219,9 @@ def test_crowds_cost_nothing_whatever_is_said_of_them(name: str):
 @pytest.mark.parametrize("kept", [True, False])
 def test_void_and_stuff_cost_something_only_where_they_are_kept(name: str, kept: bool):
     case = Case(*MIXED, config=replace(CONFIGS[name], void_kept=kept))
-    inside_BHW = case.batch.thing_BN.gather(1, case.batch.labels_BHW.flatten(1)).view(case.batch.labels_BHW.shape)
+    inside_BHW = case.batch.thing_BN.gather(1, case.batch.labels_BHW.long().flatten(1)).view(
+        case.batch.labels_BHW.shape
+    )
     noise = torch.randn(case.predicted.shape, generator=torch.Generator().manual_seed(2))
     plain, changed = case.losses(), case.losses(predicted=case.predicted + 3 * noise * ~inside_BHW[:, None])
     for loss_name in ("instance", "dice"):

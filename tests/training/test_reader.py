@@ -1,15 +1,19 @@
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from infra.errors import TesseraError
 from infra.store import Store
 from preprocessing.sample import from_fields
-from preprocessing.shards import ShardSet, read_shard_samples
+from preprocessing.shard_reading import read_shard_samples
+from preprocessing.shards import Shard, ShardSet
 from preprocessing.source import Index
 from tests.support.examples import same_batches
 from tests.training.conftest import Maker, shard_set
@@ -79,6 +83,27 @@ def test_shards_of_an_epoch_are_dealt_out_once(uneven: ShardSet, world: int, wor
         assert sorted(s.key for mine in dealt for s in mine) == sorted(s.key for s in uneven.shards)
 
 
+def unread(count: int) -> tuple[Shard, ...]:
+    return tuple(Shard(str(number), (number,), (number,), 1, "", ()) for number in range(count))
+
+
+SEEDS, EPOCHS = st.integers(0, 2**63 - 1), st.integers(0, 10**6)
+
+
+@given(st.integers(1, 300), st.data(), SEEDS, EPOCHS)
+def test_any_number_of_readers_gets_every_shard_once_and_evenly(count: int, data: st.DataObject, seed: int, epoch: int):
+    readers = data.draw(st.integers(1, count))
+    dealt = [epoch_shards(unread(count), seed, epoch, reader, readers) for reader in range(readers)]
+    assert sorted(int(shard.key) for mine in dealt for shard in mine) == list(range(count))
+    assert {len(mine) for mine in dealt} <= {count // readers, -(-count // readers)}
+
+
+@given(st.integers(12, 300), SEEDS, EPOCHS)
+def test_no_two_epochs_have_the_same_order_of_shards(count: int, seed: int, epoch: int):
+    orders = [epoch_shards(unread(count), seed, number, 0, 1) for number in range(epoch, epoch + 5)]
+    assert all(a != b for a, b in combinations(orders, 2))
+
+
 def test_every_epoch_has_all_images_in_another_order(five: ShardSet, shard_store: Store):
     found = epochs(five, shard_store, 4)
     assert all(sorted(epoch) == ids(five) for epoch in found)
@@ -122,9 +147,34 @@ def test_any_step_can_be_reached_again(five: ShardSet, shard_store: Store, world
     assert all(same_batches(a, b) for a, b in zip(undisturbed, resumed, strict=True))
 
 
-def test_any_step_can_be_reached_again_with_reader_processes(five: ShardSet, shard_store: Store):
-    """An odd step makes the two processes change places."""
-    config = ReaderConfig(workers=2)
+def as_processes(stream: BatchStream, monkeypatch: pytest.MonkeyPatch) -> Iterator[Batch]:
+    """What a DataLoader gives: a batch of each of its processes in turn."""
+    workers = []
+    for number in range(stream.per_rank):
+        monkeypatch.setattr("training.reader.get_worker_info", lambda number=number: SimpleNamespace(id=number))
+        batches = iter(stream)
+        workers.append(chain([next(batches)], batches))
+    return chain.from_iterable(zip(*workers, strict=True))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), world=st.integers(1, 3), batch=st.integers(1, 5), step=st.integers(0, 25))
+def test_any_step_can_be_reached_again_in_any_world(
+    five: ShardSet, shard_store: Store, monkeypatch, data: st.DataObject, world: int, batch: int, step: int
+):
+    workers, rank = data.draw(st.integers(0, 5 // world)), data.draw(st.integers(0, world - 1))
+    config = ReaderConfig(workers=workers, shuffle=data.draw(st.integers(1, 20)))
+    make = [BatchStream(five, shard_store.url, config, batch, rank, world, start) for start in (0, step)]
+    undisturbed, resumed = (as_processes(stream, monkeypatch) for stream in make)
+    pairs = zip(islice(undisturbed, step, step + 6), islice(resumed, 6), strict=True)
+    assert all(same_batches(a, b) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_step_can_be_reached_again_with_reader_processes(five: ShardSet, shard_store: Store, workers: int):
+    """A step that is no multiple of the processes makes them change places."""
+    config = ReaderConfig(workers=workers)
     undisturbed = list(islice(load_batches(BatchStream(five, shard_store.url, config, 3)), 12))
     for step in (1, 6):
         resumed = load_batches(BatchStream(five, shard_store.url, config, 3, start_step=step))
@@ -134,6 +184,22 @@ def test_any_step_can_be_reached_again_with_reader_processes(five: ShardSet, sha
 def test_batches_are_of_one_size_however_uneven_the_shards(uneven: ShardSet, shard_store: Store):
     for batch in islice(BatchStream(uneven, shard_store.url, ReaderConfig(), 4), 8):
         assert len(batch.keys) == len(batch.images_B3HW) == len(batch.category_BN) == 4
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 2)])
+def test_a_shard_of_one_image_beside_one_of_59_starves_nobody(
+    shard_store: Store, make_set: Maker, index: Index, world: int, workers: int
+):
+    """Whoever has the single image in an epoch goes on with the next one, alone."""
+    sets = [make_set(index.records[:1], 1), make_set(index.records[1:60], 59)]
+    both = replace(sets[0], shards=tuple(shard for made in sets for shard in made.shards))
+    assert sorted(len(shard.image_ids) for shard in both.shards) == [1, 59]
+    config, seen = ReaderConfig(workers=workers), set()
+    for rank in range(world):
+        batches = list(islice(load_batches(BatchStream(both, shard_store.url, config, 16, rank, world)), 12))
+        assert [len(batch.keys) for batch in batches] == [16] * 12
+        seen |= {int(key) for batch in batches for key in batch.keys}
+    assert sorted(seen) == ids(both)
 
 
 @pytest.mark.parametrize(("world", "workers"), [(6, 0), (3, 2), (1, 6)])

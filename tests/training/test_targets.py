@@ -218,7 +218,7 @@ def test_the_smaller_of_the_two_distances_is_that_to_any_edge_of_the_panoptic_ma
     example = grid_map(numbers)
     each = np.arange(len(example.segments) + 1, dtype=np.uint16)
     d2_HW = squared_distance(example.labels_HW, each, RADIUS)
-    assert np.array_equal(np.minimum(example.semantic_d2_HW, example.instance_d2_HW), d2_HW)
+    assert np.array_equal(example.d2_H2W.min(axis=1), d2_HW)
     for distance in (0.0, 3.0):
         config = GeneralistConfig(boundaries="panoptic", eds_distance=distance, eds_min=0.2)
         expected = eds_weight(torch.from_numpy(d2_HW.astype(np.int32)), distance, 0.2)
@@ -300,7 +300,7 @@ def test_the_instance_task_ignores_crowds_and_keeps_void(encoding: str):
     example = of_all_kinds()
     weight_HW = instance_of(example, GeneralistConfig(encoding=encoding, eds_distance=4.0)).weight_BHW[0]
     assert not weight_HW[torch.from_numpy(example.labels_HW == 2)].any()
-    near_HW = eds_weight(torch.from_numpy(example.instance_d2_HW.astype(np.int32)), 4.0, 0)
+    near_HW = eds_weight(torch.from_numpy(example.d2_H2W[:, 1]), 4.0, 0)
     void_HW = torch.from_numpy(example.labels_HW == 0)
     assert torch.equal(weight_HW[void_HW], near_HW[void_HW])
     assert weight_HW[void_HW].max() == 1  # beside the crowd
@@ -354,8 +354,8 @@ def test_stored_distances_are_exact_after_mirroring():
         mirrored = example.flipped()
         labels_HW = np.ascontiguousarray(mirrored.labels_HW)
         for groups, stored in (
-            (semantic_groups, mirrored.semantic_d2_HW),
-            (instance_groups, mirrored.instance_d2_HW),
+            (semantic_groups, mirrored.d2_H2W[:, 0]),
+            (instance_groups, mirrored.d2_H2W[:, 1]),
         ):
             assert np.array_equal(squared_distance(labels_HW, groups(mirrored.segments), RADIUS), stored)
 

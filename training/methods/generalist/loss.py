@@ -152,7 +152,7 @@ def dice_loss(claims_BNP: Tensor, batch: Batch, counted_BN: Tensor) -> Tensor:
     claims: probability of each segment at each pixel. counted: segments whose pixels take part; crowds do not, since
     no instance can claim them.
     """
-    labels_BP = batch.labels_BHW.flatten(1)
+    labels_BP = batch.labels_BHW.long().flatten(1)
     p_BNP = claims_BNP * counted_BN.gather(1, labels_BP)[:, None]
     weight_BN = batch.thing_BN / batch.area_BN.clamp(min=1)
     own_BP = p_BNP.gather(1, labels_BP[:, None])[:, 0]  # each pixel's probability for its own segment

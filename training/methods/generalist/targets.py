@@ -82,7 +82,7 @@ def semantic_targets(batch: Batch, config: GeneralistConfig) -> SemanticTargets:
 def instance_targets(batch: Batch, config: GeneralistConfig) -> InstanceTargets:
     """Encode each segment's centroid and gather the codes to pixels, on the batch's device."""
     codes_BNX = encode(batch.centroid_BN2, batch.thing_BN, config)
-    index_BPX = batch.labels_BHW.flatten(1)[..., None].expand(-1, -1, codes_BNX.shape[-1])
+    index_BPX = batch.labels_BHW.long().flatten(1)[..., None].expand(-1, -1, codes_BNX.shape[-1])
     dense_BXP = codes_BNX.gather(1, index_BPX).transpose(1, 2)
     weight_BHW = eds_maps(batch, config)[1] * _to_pixels(counted(batch, config), batch)
     return InstanceTargets(codes_BNX, dense_BXP.unflatten(2, batch.labels_BHW.shape[1:]), weight_BHW)
@@ -106,4 +106,4 @@ def encode(centroids_BN2: Tensor, thing_BN: Tensor, config: GeneralistConfig) ->
 
 def _to_pixels(rows_BN: Tensor, batch: Batch) -> Tensor:
     """A value per segment -> a value per pixel, (B, H, W)."""
-    return rows_BN.gather(1, batch.labels_BHW.flatten(1)).view(batch.labels_BHW.shape)
+    return rows_BN.gather(1, batch.labels_BHW.long().flatten(1)).view(batch.labels_BHW.shape)

@@ -8,15 +8,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from infra.errors import TesseraError
+from pipelines.job import TrainCoco
 from pipelines.server import prefect_server
-
-if TYPE_CHECKING:
-    from pipelines.train_coco import TrainCoco
 
 HOME = Path(".tessera")
 PLAN = """Tessera demo: train-coco on a synthetic panoptic set, from scratch, on this machine's CPU.
@@ -35,10 +32,14 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     try:
+        job = (
+            TrainCoco.model_validate_json(arguments[0]) if arguments else TrainCoco(workers=min(2, os.cpu_count() or 1))
+        )
+        job.check()
         if not arguments:
             print(PLAN, flush=True)
         with prefect_server(HOME / "prefect"):
-            _run(_job(arguments))
+            _run(job)
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors())
         print(f"error: {'; '.join(problems)}", file=sys.stderr)
@@ -52,13 +53,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _job(arguments: list[str]) -> "TrainCoco":
-    from pipelines.train_coco import TrainCoco
-
-    return TrainCoco.model_validate_json(arguments[0]) if arguments else TrainCoco(workers=min(2, os.cpu_count() or 1))
-
-
-def _run(job: "TrainCoco") -> None:
+def _run(job: TrainCoco) -> None:
     from prefect.logging.handlers import APILogHandler
 
     from pipelines.train_coco import train_coco

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from evaluation.tune import tune
 from infra.errors import TesseraError
 from infra.store import open_store
-from pipelines.train_coco import TrainCoco, data_root
+from pipelines.job import TrainCoco
+from pipelines.train_coco import data_root
 from preprocessing.layouts import read_index
 from preprocessing.shards import ShardConfig, ShardSet, plan, read_set
 from preprocessing.source import Index

@@ -69,7 +69,8 @@ def find_data(job: TrainCoco) -> Path:
     root = data_root(job)
     train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
     if train_index.labels != val_index.labels:  # weights know categories by their place in the table
-        raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories")
+        differ = train_index.labels.difference(val_index.labels)
+        raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories: {differ}")
     return root
 
 

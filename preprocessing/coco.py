@@ -94,6 +94,8 @@ class CocoRecord(Record):
         category = labels.contiguous.get(_number(row, "category_id"))
         if category is None:
             raise BadSample(f"segment {row['id']} has the unknown category {row['category_id']}")
+        if row.get("iscrowd", 0) not in (0, 1):
+            raise BadSample(f"segment {row['id']} has iscrowd {row['iscrowd']!r}; expected 0 or 1")
         return Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0)))
 
     def _unlisted(self, ids_HW: NDArray[np.int32]) -> Iterator[Defect]:
@@ -130,8 +132,8 @@ def read_index(root: str | Path, split: str) -> Index:
 
     Each of the three may lie in a zip at the root; the PNGs also in `panoptic_<split>.zip` beside the JSON or in
     the zip that holds the JSON, as COCO publishes them. Raises TesseraError for a missing folder or file, a
-    JSON that is not a panoptic one, and an empty data set. Entries that cannot be paired are rejected: a PNG
-    without JSON entry, an entry without image, an image with two entries.
+    JSON that is not a panoptic one, and an empty data set. Entries that cannot be paired are rejected: an entry
+    without image, an image with two entries or none. PNGs without an entry are no samples: they are unused.
     """
     annotation_file, masks, images = find(Tree(root), split)
     content = _read_json(annotation_file)
@@ -143,14 +145,16 @@ def read_index(root: str | Path, split: str) -> Index:
         try:
             records.append(_record(entry, images_by_id, masks, images))
         except BadSample as problem:
-            rejected.append(Rejected(None, f"{masks.path}/{entry.get('file_name')}", str(problem)))
+            written = entry.get("image_id")
+            named = masks.file(entry["file_name"]) if isinstance(entry.get("file_name"), str) else annotation_file
+            rejected.append(Rejected(written if isinstance(written, int) else None, str(named), str(problem)))
     records, repeated = without_repeats(records)
-    rejected += repeated + list(_unpaired(content["annotations"], images_by_id, masks, images))
+    rejected += repeated + list(_without_annotation(content["annotations"], images_by_id, images))
     if not records and content["annotations"]:
         raise TesseraError(f"{annotation_file}: no usable sample ({'; '.join(map(str, rejected[:5]))})")
     if not records:
         raise TesseraError(f"{annotation_file}: the data set is empty, no image has an annotation")
-    return Index(labels, tuple(records), tuple(rejected))
+    return Index(labels, tuple(records), tuple(rejected), tuple(_unused(content["annotations"], masks)))
 
 
 def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
@@ -159,7 +163,7 @@ def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
     found = tree.file(f"{masks}.json"), tree.folder(masks), tree.folder(split)
     for path, part in zip((f"{masks}.json", masks, split), found, strict=True):
         if part is None:
-            raise TesseraError(f"{tree.root / path}: not found (expected COCO's layout under {tree.root})")
+            raise tree.missing(path, expected="COCO's layout")
     annotation_file, png_folder, images = found
     assert annotation_file
     assert png_folder
@@ -170,13 +174,18 @@ def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
 def _read_json(file: File) -> dict[str, Any]:
     try:
         content = json.loads(file.read())
-    except (OSError, RecursionError, ValueError) as error:
+    except OSError as error:
+        raise TesseraError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except (RecursionError, ValueError) as error:
         raise TesseraError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise TesseraError(f"{file}: holds a {type(content).__name__}; expected a COCO panoptic JSON")
     missing = {"images", "annotations", "categories"} - set(content)
     if missing:
         raise TesseraError(f"{file}: lacks {sorted(missing)}; expected a COCO panoptic JSON")
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content[name], list) or not all(isinstance(entry, dict) for entry in content[name]):
+            raise TesseraError(f"{file}: its {name} are no list of objects; expected a COCO panoptic JSON")
     if content["annotations"] and "segments_info" not in content["annotations"][0]:
         raise TesseraError(f"{file}: annotations have no segments_info (is this the detection JSON?)")
     return content
@@ -203,7 +212,8 @@ def _record(
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadSample("segments_info is no list of objects")
     size = _whole(listed[0], "height"), _whole(listed[0], "width")
-    return CocoRecord(image_id, images.file(_name(listed[0])), size, masks.file(_name(entry)), tuple(rows))
+    image, mask = _name(listed[0], "the image's"), _name(entry, "the PNG's")
+    return CocoRecord(image_id, images.file(image), size, masks.file(mask), tuple(rows))
 
 
 def _image_id(written: Any) -> int:
@@ -222,35 +232,37 @@ def _whole(entry: dict[str, Any], field: str) -> int:
     return value
 
 
-def _name(entry: dict[str, Any]) -> str:
+def _name(entry: dict[str, Any], whose: str) -> str:
     name = entry.get("file_name")
-    if not isinstance(name, str) or not name.isprintable():
-        raise BadSample(f"file_name is {name!r}, expected a path")
+    if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
+        raise BadSample(f"{whose} file_name is {name!r}, expected a path")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise BadSample(f"file name {name!r} leads outside the data set")
+        raise BadSample(f"{whose} file name {name!r} leads outside the data set")
     return name
 
 
 def _number(row: dict[str, Any], name: str) -> int:
-    try:
-        return int(row[name])
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise BadSample(f"segment {row.get('id')} has no integer {name!r}") from error
+    value = row.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise BadSample(f"segment {row.get('id')} has no integer {name!r}")
+    return value
 
 
-def _unpaired(
-    annotations: Iterable[dict[str, Any]],
-    images_by_id: dict[Any, list[dict[str, Any]]],
-    masks: Folder,
-    images: Folder,
-) -> Iterator[Rejected]:
-    """PNGs and images that no annotation mentions."""
+def _unused(annotations: Iterable[dict[str, Any]], masks: Folder) -> Iterator[Defect]:
+    """PNGs that no annotation mentions, as a JSON for a part of the images leaves them."""
     named = {str(entry.get("file_name")) for entry in annotations}
-    annotated = {i for entry in annotations if isinstance(i := entry.get("image_id"), int | str)}
     for name in sorted(masks.files.keys() - named):
-        if name.endswith(".png"):
-            yield Rejected(None, str(masks.files[name]), "the PNG has no entry in the JSON")
-    stems = {PurePosixPath(name).stem for name in named}  # an entry of a broken id is rejected, its image is no second
+        if name.endswith(".png") and not PurePosixPath(name).name.startswith("._"):  # what macOS leaves behind
+            yield Defect("the PNG has no entry in the JSON", str(masks.files[name]), usable=True)
+
+
+def _without_annotation(
+    annotations: Iterable[dict[str, Any]], images_by_id: dict[Any, list[dict[str, Any]]], images: Folder
+) -> Iterator[Rejected]:
+    """Images that the JSON lists and no annotation mentions."""
+    annotated = {i for entry in annotations if isinstance(i := entry.get("image_id"), int | str)}
+    # an entry of a broken id is rejected itself, its image is no second sample
+    stems = {PurePosixPath(str(entry.get("file_name"))).stem for entry in annotations}
     for number, entries in images_by_id.items():
         for entry in entries:
             name = str(entry.get("file_name", number))

@@ -6,11 +6,13 @@ one sample of a zip of 118,000 without knowing of the others.
 
 import io
 import os
+import stat
 import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -62,6 +64,7 @@ class File:
     def read(self) -> bytes:
         """All bytes. OSError if that cannot be done, or a zip's checksum disagrees."""
         if self.member is None:
+            self._check_regular()
             return Path(self.path).read_bytes()
         if self.member.size > MAX_BYTES:
             raise OSError(f"{self.member.size} bytes are too many for one file, at most {MAX_BYTES} are read")
@@ -78,6 +81,15 @@ class File:
         """CRC-32 of the bytes; a zip knows it without reading them. OSError as `read`."""
         return zlib.crc32(self.read()) if self.member is None else self.member.crc
 
+    def _check_regular(self) -> None:
+        """A pipe in the place of a file would keep its reader waiting for ever."""
+        try:
+            regular = stat.S_ISREG(Path(self.path).stat().st_mode)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(f"there is none in {error.filename}") from error
+        if not regular:
+            raise OSError("it is no regular file")
+
     def _disk(self) -> str:
         container = self.member and self.member.container
         return _unpacked(container) if container else self.path
@@ -88,21 +100,32 @@ class Tree:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
-        if not self.root.is_dir():
-            raise TesseraError(f"{self.root}: not found (expected the folder of a data set)")
+        with _telling(self.root):
+            if not self.root.is_dir():
+                what = "it is no folder" if self.root.exists() else "not found"
+                raise TesseraError(f"{self.root}: {what} (expected the folder of a data set)")
         self._zipped: dict[str, File] | None = None
+        self._broken: list[TesseraError] = []
 
     def file(self, name: str) -> File | None:
         """The file of this name relative to the root; what lies on disk comes before what lies in zips."""
         path = self.root / name
-        return File(str(path)) if path.is_file() else self._members().get(name)
+        with _telling(path):
+            return File(str(path)) if path.is_file() else self._members().get(name)
+
+    def missing(self, name: str, *others: str, expected: str) -> TesseraError:
+        """The error for names of which none is on disk or in a zip; tells of zips that could not be looked into."""
+        nor = f", nor {' nor '.join(others)}" if others else ""
+        broken = "".join(f"; {error}" for error in self._broken)
+        return TesseraError(f"{self.root / name}: not found{nor} (expected {expected} under {self.root}){broken}")
 
     def folder(self, name: str) -> "Folder | None":
         """A folder: on disk, inside a zip at the root, or as `<name>.zip` in its place."""
         path = self.root / name
-        if path.is_dir():
-            found = path.rglob("*")
-            return Folder(str(path), {p.relative_to(path).as_posix(): File(str(p)) for p in found if p.is_file()})
+        with _telling(path):
+            if path.is_dir():
+                found = path.rglob("*")
+                return Folder(str(path), {p.relative_to(path).as_posix(): File(str(p)) for p in found if p.is_file()})
         inside = _below(name, self._members())
         if inside:
             return Folder(str(path), inside)
@@ -115,8 +138,12 @@ class Tree:
     def _members(self) -> dict[str, File]:
         """What the zips at the root hold, by name."""
         if self._zipped is None:
-            archives = sorted(self.root.glob("*.zip"), reverse=True)  # of two of one name the first archive's wins
-            self._zipped = {member.inside: member for path in archives for member in list_zip(File(str(path)))}
+            self._zipped = {}
+            for path in sorted(self.root.glob("*.zip"), reverse=True):  # of two of one name the first archive's wins
+                try:
+                    self._zipped |= {member.inside: member for member in list_zip(File(str(path)))}
+                except TesseraError as error:  # perhaps one that nobody needs, half downloaded
+                    self._broken.append(error)
         return self._zipped
 
 
@@ -130,6 +157,14 @@ class Folder:
     def file(self, name: str) -> File:
         """The file of this name; where there is none, one that cannot be read and says so."""
         return self.files.get(name) or File(f"{self.path}/{name}")
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TesseraError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _below(name: str, files: dict[str, File]) -> dict[str, File]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ class LabelTable:
         """
         table = []
         for position, entry in enumerate(categories):
+            if not isinstance(entry, Mapping):
+                raise TesseraError(f"{source}: category {entry!r} is no object")
             missing = {"id", "name", "isthing"} - entry.keys()
             if missing:
                 hint = " (is this the detection JSON?)" if "isthing" in missing else ""
@@ -60,8 +63,20 @@ class LabelTable:
             except (TypeError, ValueError) as error:
                 expected = "expected an integer id, and three integers as color"
                 raise TesseraError(f"{source}: category {entry}: {expected}") from error
+            if entry["isthing"] not in (0, 1):
+                raise TesseraError(f"{source}: category {entry}: isthing must be 0 or 1")
             table.append(Category(number, str(entry["name"]), bool(entry["isthing"]), (red, green, blue)))
-        return cls(tuple(table))
+        try:
+            return cls(tuple(table))
+        except TesseraError as error:
+            raise TesseraError(f"{source}: {error}") from error
+
+    def difference(self, other: "LabelTable") -> str:
+        """The first category that the other table has not, or has otherwise; empty if they are equal."""
+        for mine, others in zip_longest(self.categories, other.categories):
+            if mine != others:
+                return f"{mine or 'nothing'} against {others or 'nothing'}"
+        return ""
 
     def to_coco(self) -> list[dict[str, Any]]:
         """The `categories` list of a COCO panoptic JSON."""

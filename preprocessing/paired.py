@@ -30,8 +30,7 @@ def find_folder(tree: Tree, names: Iterable[str], layout: str) -> Folder:
         found = tree.folder(name)
         if found is not None:
             return found
-    others = f", nor {' nor '.join(tried[1:])}" if tried[1:] else ""
-    raise TesseraError(f"{tree.root / tried[0]}: not found{others} (expected {layout} under {tree.root})")
+    raise tree.missing(*tried, expected=layout)
 
 
 def make_index(labels: LabelTable, found: Iterable[Record], rejected: Iterable[Rejected], where: str) -> Index:

@@ -49,8 +49,10 @@ def precompute(name: str, index: Index, config: ShardConfig, store_url: str, bad
         check(finished, bad_share)
         log.info("%s: %d shards are there already (%s)", name, len(finished.shards) - len(jobs), planned.path)
     else:
-        taken = f", some from {', '.join(planned.extends)}" if planned.extends else ""
+        taken = f", {planned.taken} of them from {', '.join(planned.extends)}" if planned.extends else ""
         log.info("%s: %d samples in %d shards%s", name, len(index.records), len(jobs), taken)
+    if index.unused:
+        log.warning("%s: %d files belong to no sample, the first is %s", name, len(index.unused), index.unused[0].file)
     done: list[Computed] = []
 
     def report(computed: Computed) -> None:

@@ -96,6 +96,8 @@ class Plan:
     jobs: tuple[ShardJob, ...]
     extends: tuple[str, ...]
     """Folders of the earlier sets whose shards it takes over."""
+    taken: int
+    """How many shards those are: the first of the jobs."""
 
 
 def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
@@ -119,7 +121,7 @@ def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
                     for i in shard.records:
                         del left[i]
         extends += [earlier.path] if len(jobs) > count else []
-    rest = list(left.values())
+    rest, taken = list(left.values()), len(jobs)
     jobs += [
         _job(rest[start : start + config.samples], index.labels, config)
         for start in range(0, len(rest), config.samples)
@@ -128,7 +130,7 @@ def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
         *sorted(job.key for job in jobs),
         artifacts.digest([(r.image_id, PurePath(r.file).name, r.reason) for r in index.rejected]),
     ]
-    return Plan(artifacts.step_path(family, SCHEMA_VERSION, config, inputs), tuple(jobs), tuple(extends))
+    return Plan(artifacts.step_path(family, SCHEMA_VERSION, config, inputs), tuple(jobs), tuple(extends), taken)
 
 
 def _job(samples: Sequence[tuple[Record, str]], labels: LabelTable, config: ShardConfig) -> ShardJob:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from preprocessing.files import File
 from preprocessing.geometry import Size
@@ -37,7 +37,7 @@ class Defect:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A sample set aside, or a file that belongs to none."""
+    """A sample set aside."""
 
     image_id: int | None
     file: str
@@ -122,7 +122,8 @@ class Record(ABC):
             if picture.format == "JPEG" and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]:
                 raise OSError("the JPEG has no end marker")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            defects.append(self.defect(f"not a readable image ({error})", self.image))
+            why = "of no format that is known" if isinstance(error, UnidentifiedImageError) else error
+            defects.append(self.defect(f"not a readable image ({why})", self.image))
             return data, None
         if picture.mode.startswith(("I", "F")):
             defects.append(self.defect(f"the image has more than 8 bits a channel ({picture.mode})", self.image))
@@ -139,7 +140,9 @@ class Index:
     labels: LabelTable
     records: tuple[Record, ...]
     rejected: tuple[Rejected, ...]
-    """What could not become a record."""
+    """Samples that could not become a record."""
+    unused: tuple[Defect, ...] = ()
+    """Files that belong to no sample."""
 
 
 def read_sample(record: Record, labels: LabelTable) -> tuple[bytes, PanopticMap]:

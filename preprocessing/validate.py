@@ -5,6 +5,7 @@ Ends with 0 if every split can be trained on, with 1 if not. Reads every file on
 
 import argparse
 import base64
+import io
 import os
 import re
 import sys
@@ -49,8 +50,8 @@ class Findings:
     crowds: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Height, width."""
-    contents: dict[tuple[int, int], list[str]] = field(default_factory=dict)
-    """Image files by length and CRC-32."""
+    contents: dict[tuple[int, int], list[tuple[str, int]]] = field(default_factory=dict)
+    """Image files and their ids by length and CRC-32."""
     defects: list[Defect] = field(default_factory=list)
     overlays: dict[int, str] = field(default_factory=dict)
     """Base64 PNGs by image id."""
@@ -80,7 +81,7 @@ def examine_split(
     """Read every sample of a split. Raises TesseraError where the split as a whole cannot be read."""
     index = read_index(root, split, layout)
     total = Findings(rejected=len(index.rejected))
-    total.defects += [Defect(r.reason, r.file, r.image_id) for r in index.rejected]
+    total.defects += [Defect(r.reason, r.file, r.image_id) for r in index.rejected] + list(index.unused)
     drawn = frozenset(r.image_id for r in index.records[:: max(1, len(index.records) // _PICTURES)][:_PICTURES])
     chunks = [index.records[i : i + _CHUNK] for i in range(0, len(index.records), _CHUNK)]
     for findings in _each([(chunk, index.labels, drawn) for chunk in chunks], workers):
@@ -103,8 +104,8 @@ def _examine(records: Iterable[Record], labels: LabelTable, drawn: frozenset[int
         found = record.examine(labels)
         good = all(defect.usable for defect in found.defects)
         part = Findings(images=1, usable=int(good), defects=list(found.defects))
-        if found.data:
-            part.contents = {(len(found.data), zlib.crc32(found.data)): [str(record.image)]}
+        if found.picture:
+            part.contents = {(len(found.data), zlib.crc32(found.data)): [(str(record.image), record.image_id)]}
         if good and found.truth is not None:
             part += _counted(found)
         if record.image_id in drawn:
@@ -141,14 +142,14 @@ def compare_splits(found: Sequence[Findings]) -> None:
     first: dict[tuple[int, int], str] = {}
     for findings in found:
         for content, files in findings.contents.items():
-            same = first.setdefault(content, files[0])
-            again = [file for file in files if file != same]
-            findings.defects += [Defect(f"the same picture as {same}", file, usable=True) for file in again]
+            again = files if content in first else files[1:]
+            same = first.setdefault(content, files[0][0])
+            findings.defects += [Defect(f"the same picture as {same}", file, i, usable=True) for file, i in again]
 
 
 def kinds(defects: Iterable[Defect]) -> list[tuple[str, bool, int]]:
     """What is wrong without numbers and names, whether it can be lived with, and how often; the worst first."""
-    counts = Counter((re.sub(r"/\S+|'[^']*'|-?\d+(\.\d+)?", "…", d.problem), d.usable) for d in defects)
+    counts = Counter((re.sub(r"/\S+|-?\d+(\.\d+)?", "…", d.problem), d.usable) for d in defects)
     return sorted(((kind, usable, n) for (kind, usable), n in counts.items()), key=lambda row: (row[1], -row[2]))
 
 
@@ -162,7 +163,8 @@ def verdict(found: dict[str, tuple[LabelTable, Findings]], bad_share: float) -> 
             reasons.append(f"{split}: {of} are unusable, above the limit of {bad_share:.1%}")
     tables = [labels for labels, _ in found.values()]
     if any(table != tables[0] for table in tables):
-        reasons.append(f"{', '.join(found)} list different categories")
+        differ = next(d for table in tables if (d := tables[0].difference(table)))
+        reasons.append(f"{', '.join(found)} list different categories: {differ}")
     return reasons
 
 
@@ -195,7 +197,7 @@ def to_text(split: str, labels: LabelTable, findings: Findings) -> str:
     """What the terminal shows of a split."""
     never = [c.name for i, c in enumerate(labels.categories) if not findings.segments[i]]
     shown = f"; never: {', '.join(never[:8])}{', ...' if len(never) > 8 else ''}" if never else ""
-    sizes = f"{len(findings.sizes)} sizes" if len(findings.sizes) > 1 else f"{_by(findings.sizes)} px"
+    sizes = f"{_by(findings.sizes)} px" if len(findings.sizes) == 1 else f"{len(findings.sizes)} sizes"
     void = findings.void_pixels / max(1, findings.void_pixels + sum(findings.pixels.values()))
     segments = sum(findings.segments.values())
     lines = [
@@ -222,24 +224,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="folder of the data set")
     parser.add_argument("--split", action="append", help="a split; may be repeated (train2017 and val2017)")
     parser.add_argument("--layout", choices=[*LAYOUTS], default="coco")
-    parser.add_argument("--bad-share", type=float, default=0.01, help="share of unusable samples that is borne (0.01)")
+    parser.add_argument("--bad-share", type=_share, default=0.01, help="share of unusable samples that is borne (0.01)")
     parser.add_argument("--page", type=Path, default=Path("validate.html"), help="where the page of overlays goes")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (all cores)")
     options = parser.parse_args(arguments)
-    found, reasons = {}, []
+    try:  # before an hour of reading
+        options.page.open("a").close()
+    except OSError as error:
+        parser.error(f"--page {options.page}: cannot be written ({error.strerror})")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    found, reasons = {}, list[str]()
     for split in options.split or ["train2017", "val2017"]:
         try:
             found[split] = examine_split(options.data, split, options.layout, options.workers, _tell)
         except TesseraError as error:
-            reasons.append(str(error))
+            reasons += [str(error)] if str(error) not in reasons else []
     compare_splits([findings for _, findings in found.values()])
     for split, (labels, findings) in found.items():
         sys.stdout.write(to_text(split, labels, findings) + "\n")
     reasons += verdict(found, options.bad_share)
-    options.page.write_text(to_html(options.data.resolve(), found, reasons))
+    page = to_html(options.data.resolve(), found, reasons)
+    options.page.write_text(page, encoding="utf-8", errors="backslashreplace")
     can = "cannot be trained on: " + "; ".join(reasons) if reasons else "can be trained on"
     sys.stdout.write(f"{options.data} {can}\npage: {options.page.resolve()}\n")
     return 1 if reasons else 0
+
+
+def _share(text: str) -> float:
+    if not 0 <= (share := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share, expected 0 to 1")
+    return share
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return count
 
 
 def _tell(line: str) -> None:

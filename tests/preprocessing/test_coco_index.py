@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -106,10 +107,43 @@ def test_an_empty_set_is_an_error(coco: CocoFolder):
     assert f"{coco.json}: the data set is empty" in refusal(coco)
 
 
-def test_a_png_without_entry_is_set_aside(coco: CocoFolder):
-    shutil.copy(coco.mask(0), coco.masks / "stray.png")
-    assert rejections(coco) == [(str(coco.masks / "stray.png"), "the PNG has no entry in the JSON")]
+def test_a_png_without_entry_is_no_sample(coco: CocoFolder):
+    for name in ("stray.png", "._macos.png"):
+        shutil.copy(coco.mask(0), coco.masks / name)
+    assert rejections(coco) == []
+    assert [(d.file, d.usable) for d in coco.index().unused] == [(str(coco.masks / "stray.png"), True)]
     assert len(coco.index().records) == 12
+
+
+def test_a_json_for_a_part_of_the_images_makes_a_smaller_set(coco: CocoFolder):
+    with coco.editing() as content:
+        content["images"], content["annotations"] = content["images"][:4], content["annotations"][:4]
+    assert rejections(coco) == []
+    assert (len(coco.index().records), len(coco.index().unused)) == (4, 8)
+
+
+@pytest.mark.parametrize("name", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("value", [None, {"a": 1}, [7], [None], "text"], ids=str)
+def test_a_list_of_something_else_is_named(coco: CocoFolder, name: str, value):
+    with coco.editing() as content:
+        content[name] = value
+    assert str(coco.json) in refusal(coco)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(coco: CocoFolder):
+    coco.json.parent.chmod(0)
+    try:
+        assert "Permission denied" in refusal(coco)
+    finally:
+        coco.json.parent.chmod(0o755)
+
+
+@pytest.mark.parametrize("value", [2, "yes", None, 0.5])
+def test_a_category_is_a_thing_or_not(coco: CocoFolder, value):
+    with coco.editing() as content:
+        content["categories"][0]["isthing"] = value
+    assert f"{coco.json}: category" in refusal(coco)
 
 
 def test_an_image_without_annotation_is_set_aside(coco: CocoFolder):

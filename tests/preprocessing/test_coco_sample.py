@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -146,11 +147,27 @@ def test_an_id_out_of_range_is_named(coco: CocoFolder, value: int):
 
 
 @pytest.mark.parametrize("name", ["id", "category_id"])
-@pytest.mark.parametrize("value", [None, "many", [1], float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [None, "many", "5", True, 5.5, [1], float("inf"), float("nan")])
 def test_a_number_that_is_none_is_named(coco: CocoFolder, name: str, value):
     with coco.editing() as content:
         content["annotations"][3]["segments_info"][0][name] = value
     assert name in coco.reason(3)
+
+
+@pytest.mark.parametrize("value", [5, None, "no", -1])
+def test_a_crowd_is_one_or_not(coco: CocoFolder, value):
+    with coco.editing() as content:
+        content["annotations"][3]["segments_info"][0]["iscrowd"] = value
+    assert f"iscrowd {value!r}; expected 0 or 1" in coco.reason(3)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", ["image", "mask"])
+def test_a_pipe_in_the_place_of_a_file_is_named(coco: CocoFolder, part: str):
+    path = getattr(coco, part)(3)
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path}: cannot be read (it is no regular file)" in coco.reason(3)
 
 
 def test_more_segments_than_labels_is_told(coco: CocoFolder):

@@ -91,6 +91,11 @@ def test_a_missing_member_is_named_with_its_zip(coco: CocoFolder, tmp_path: Path
         read_sample(index.records[3], index.labels)
 
 
+def test_a_damaged_zip_that_nobody_needs_is_passed_over(coco: CocoFolder):
+    (coco.root / "test2017.zip").write_bytes(b"PK half a download")
+    assert coco.index().rejected == ()
+
+
 @pytest.mark.parametrize("outer", [STORED, DEFLATED])
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
 def test_a_damaged_zip_is_named(coco: CocoFolder, tmp_path: Path, outer: int, damage: str):

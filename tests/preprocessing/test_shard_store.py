@@ -74,11 +74,12 @@ def test_no_set_is_no_set(store: Store):
 
 def test_a_rejected_sample_is_named_in_record_and_manifest(store: Store, coco: CocoFolder):
     cut(coco.image(5))
-    (coco.masks / "stray.png").write_bytes(coco.mask(0).read_bytes())
+    with coco.editing() as content:
+        content["images"].append({"id": 99, "file_name": "lone.jpg", "height": 48, "width": 48})
     result = finish(store, coco, bad_share=0.2)
     assert result.samples == 11
-    stray, truncated = result.rejected
-    assert (stray.image_id, stray.file) == (None, str(coco.masks / "stray.png"))
+    lone, truncated = result.rejected
+    assert (lone.image_id, lone.file) == (99, str(coco.images / "lone.jpg"))
     assert (truncated.image_id, truncated.file) == (6, str(coco.image(5)))
     assert coco.image(5).name in truncated.reason
     assert result.shards[1].image_ids == (5, 7, 8)

@@ -123,7 +123,7 @@ def test_a_changed_sample_changes_its_shards_key_alone(coco: CocoFolder, change)
 
 
 def test_keys_do_not_depend_on_the_folders_place_or_the_files_age(coco: CocoFolder, tmp_path: Path):
-    shutil.copy(coco.mask(0), coco.masks / "stray.png")
+    list_a_lone_image(coco)
     before = keys(coco), planned(coco).path
     moved = CocoFolder(Path(shutil.move(coco.root, tmp_path / "elsewhere")))
     for path in moved.root.rglob("*"):
@@ -131,9 +131,14 @@ def test_keys_do_not_depend_on_the_folders_place_or_the_files_age(coco: CocoFold
     assert (keys(moved), planned(moved).path) == before
 
 
+def list_a_lone_image(coco: CocoFolder) -> None:
+    with coco.editing() as content:
+        content["images"].append({"id": 99, "file_name": "lone.jpg", "height": 48, "width": 48})
+
+
 def test_the_sets_path_changes_with_its_rejected_samples(coco: CocoFolder):
     before = planned(coco)
-    shutil.copy(coco.mask(0), coco.masks / "stray.png")
+    list_a_lone_image(coco)
     assert keys(coco) == [job.key for job in before.jobs]
     assert planned(coco).path != before.path
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -183,15 +184,17 @@ def all_void(p: Patient) -> None:
 
 
 def name_outside(p: Patient) -> None:
-    p.expected.append((f"{p.folder.masks}/../../secret.png", None, False, "leads outside the data set"))
-    p.expected.append((str(p.mask), None, False, "the PNG has no entry in the JSON"))
+    outside = f"{p.folder.masks}/../../secret.png"
+    p.expected.append((outside, p.entry["image_id"], False, "leads outside the data set"))
+    p.expected.append((str(p.mask), None, True, "the PNG has no entry in the JSON"))
     p.entry["file_name"] = "../../secret.png"
 
 
 def image_not_listed(p: Patient) -> None:
     p.content["images"].remove(p.listed)
     file = str(p.mask)
-    p.expected.append((file, None, False, f"image id {p.entry['image_id']} is not in the JSON's images"))
+    problem = f"image id {p.entry['image_id']} is not in the JSON's images"
+    p.expected.append((file, p.entry["image_id"], False, problem))
 
 
 def annotated_twice(p: Patient) -> None:
@@ -201,7 +204,7 @@ def annotated_twice(p: Patient) -> None:
 
 def mask_without_entry(p: Patient) -> None:
     shutil.copy(p.mask, p.folder.masks / "stray.png")
-    p.expected.append((str(p.folder.masks / "stray.png"), None, False, "the PNG has no entry in the JSON"))
+    p.expected.append((str(p.folder.masks / "stray.png"), None, True, "the PNG has no entry in the JSON"))
 
 
 def image_without_annotation(p: Patient) -> None:
@@ -291,7 +294,29 @@ def test_splits_of_other_categories_cannot_be_used_together(coco: CocoFolder, tm
     with coco.editing() as content:
         content["categories"][0]["name"] = "other"
     assert main([str(coco.root), "--page", str(tmp_path / "page.html"), "--workers", "1"]) == 1
-    assert "train2017, val2017 list different categories" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train2017, val2017 list different categories: " in out
+    assert "name='other'" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--workers", "0"], "at least 1"), (["--bad-share", "nan"], "0 to 1"), (["--page", "/nope/x.html"], "cannot be")],
+    ids=str,
+)
+def test_a_wrong_argument_is_told_before_anything_is_read(coco: CocoFolder, capsys, arguments: list[str], told: str):
+    with pytest.raises(SystemExit) as end:
+        main([str(coco.root), *arguments])
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_shown_all_the_same(coco: CocoFolder, tmp_path: Path):
+    (Path(os.fsdecode(os.fsencode(coco.masks) + b"/\xff\xfe.png"))).write_bytes(b"")
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "preprocessing.validate", str(coco.root), "--workers", "1", "--page", str(page)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, "\\udcff" in run.stdout, "Traceback" in run.stderr) == (0, True, False)
 
 
 def test_the_histogram_counts_what_the_pixels_say(coco: CocoFolder):

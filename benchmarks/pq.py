@@ -8,6 +8,8 @@ PNG first (not the ground truth's, which is a file already). from_png: both read
 """
 
 import io
+import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,20 +17,28 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 
 from benchmarks.bars import bar, finish
+from evaluation.coco_files import read_entry, score_files, score_image
 from evaluation.coco_format import annotation, png
 from evaluation.pq import PQStats, compare
 from preprocessing import rgb_ids
 from preprocessing.labels import Category, LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment
 
+os.environ["RAYON_NUM_THREADS"] = "1"  # before hotcoco starts its threads
+try:
+    import hotcoco.panoptic
+except ImportError:
+    hotcoco = None
+
 SIZE, SEGMENTS, MAPS, ROUNDS = (480, 640), 20, 12, 5
+T = TypeVar("T")
 LABELS = LabelTable(tuple(Category(i + 1, str(i), i % 2 == 0, (0, 0, 0)) for i in range(8)))
 CATEGORIES = {entry["id"]: entry for entry in LABELS.to_coco()}
 
@@ -50,12 +60,8 @@ class Case:
         return self.theirs_from_png()
 
     def ours_from_png(self) -> PQStats:
-        names, tables = ("truth.png", "prediction.png"), (self.truth.segments, self.prediction.segments)
-        maps = [
-            PanopticMap(rgb_ids.read_png((self.folder / name).read_bytes()), table)
-            for name, table in zip(names, tables, strict=True)
-        ]
-        return compare(maps[0], maps[1], len(LABELS))
+        truth, prediction = (read_entry(rows, self.folder, self.folder, LABELS) for rows in self.annotations)
+        return score_image(truth, prediction, len(LABELS))
 
     def theirs_from_png(self) -> PQStat:
         with redirect_stdout(io.StringIO()):  # it prints its progress
@@ -93,7 +99,7 @@ def _panoptic(rng: np.random.Generator, labels_HW: NDArray[np.int64], category_N
     return PanopticMap(ids_N.astype(np.int32)[labels_HW], tuple(rows))
 
 
-def ratio(cases: list[Case], ours: Callable[[Case], object], theirs: Callable[[Case], object]) -> float:
+def ratio(cases: list[T], ours: Callable[[T], object], theirs: Callable[[T], object]) -> float:
     """Median over cases and rounds of their CPU time divided by ours."""
     ratios = []
     for number in range(ROUNDS):
@@ -104,7 +110,7 @@ def ratio(cases: list[Case], ours: Callable[[Case], object], theirs: Callable[[C
     return median(ratios)
 
 
-def _cpu_seconds(side: Callable[[Case], object], case: Case) -> float:
+def _cpu_seconds(side: Callable[[T], object], case: T) -> float:
     start = time.process_time()
     side(case)
     return time.process_time() - start
@@ -120,6 +126,38 @@ def difference(case: Case) -> float:
     )
 
 
+def write_set(cases: list[Case], folder: Path) -> tuple[Path, Path]:
+    """All cases as one set of files, as hotcoco reads it; image ids from 0."""
+    jsons = folder / "truth.json", folder / "prediction.json"
+    for side, path in enumerate(jsons):
+        path.with_suffix("").mkdir(parents=True)
+        rows = []
+        for number, case in enumerate(cases):
+            entry, name = case.annotations[side], f"{number}.png"
+            rows.append({**entry, "image_id": number, "file_name": name})
+            (path.with_suffix("") / name).write_bytes((case.folder / entry["file_name"]).read_bytes())
+        images = [{"id": i, "file_name": f"{i}.jpg", "height": SIZE[0], "width": SIZE[1]} for i in range(len(cases))]
+        content = {"images": images, "annotations": rows, "categories": list(CATEGORIES.values())}
+        path.write_text(json.dumps(content, default=int))  # panopticapi leaves numpy's integers in the rows
+    return jsons
+
+
+def against_hotcoco(truth: Path, prediction: Path) -> float:
+    """hotcoco's CPU time (of one thread: RAYON_NUM_THREADS) for a set of files divided by ours."""
+    folders = truth.with_suffix(""), prediction.with_suffix("")
+
+    def ours(case: None) -> object:
+        return score_files(truth, prediction, *folders)
+
+    def theirs(case: None) -> object:
+        with redirect_stdout(io.StringIO()):
+            return hotcoco.panoptic.pq_compute(str(truth), str(prediction), str(folders[0]), str(folders[1]))
+
+    summary, found = ours(None), theirs(None)
+    assert abs(summary["pq"]["all"] - 100 * found["All"]["pq"]) < 1e-9
+    return ratio([None] * 3, ours, theirs)
+
+
 def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +167,10 @@ def main() -> None:
         bar("pq_in_memory_vs_panopticapi", in_memory, "at-least", 15)
         from_png = ratio(cases, Case.ours_from_png, Case.theirs_from_png)
         bar("pq_from_png_vs_panopticapi", from_png, "at-least", 4)
+        if hotcoco is None:
+            print("hotcoco is not installed here: without its row")
+        else:
+            bar("pq_from_png_vs_hotcoco", against_hotcoco(*write_set(cases, Path(folder) / "set")), "at-least", 0.8)
     finish()
 
 

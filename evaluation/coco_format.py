@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
+
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
+from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment
+from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
 
 
 def annotation(panoptic: PanopticMap, labels: LabelTable, image_id: int, file_name: str) -> dict[str, Any]:
@@ -20,6 +23,26 @@ def annotation(panoptic: PanopticMap, labels: LabelTable, image_id: int, file_na
         "file_name": file_name,
         "segments_info": [_segment_info(segment, labels, file_name) for segment in panoptic.segments],
     }
+
+
+def read_map(data: bytes, entry: dict[str, Any], labels: LabelTable) -> PanopticMap:
+    """Inverse of `png` and `annotation`: ids 1..N in the order of the entry's segments, areas counted.
+
+    Raises TesseraError for an unknown category, and ids that are only in the PNG.
+    """
+    rows = entry["segments_info"]
+    labels_HW, measures = rgb_ids.read_labels(data, np.array([row["id"] for row in rows], np.int32))
+    if (labels_HW == UNKNOWN).any():
+        raise TesseraError(f"{entry['file_name']}: it has ids that its entry does not list")
+    segments = []
+    for row in rows:
+        category = labels.contiguous.get(row["category_id"])
+        if category is None:
+            raise TesseraError(
+                f"{entry['file_name']}: segment {row['id']} has the unknown category {row['category_id']}"
+            )
+        segments.append(Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0))))
+    return PanopticMap(labels_HW.astype(np.int32), tuple(tabulate(segments, *measures)))
 
 
 def png(panoptic: PanopticMap) -> bytes:

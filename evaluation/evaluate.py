@@ -8,13 +8,16 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from evaluation import coco_format
-from evaluation.pq import PQStats, compare
+from evaluation.bootstrap import Table, image_pq
+from evaluation.measures import Score, measure_image
+from evaluation.pq import PQStats
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture, encode_png, panoptic_overlay
 from preprocessing.sample import Sample, decode_image, from_fields
 from preprocessing.shard_reading import read_shard_samples
@@ -23,15 +26,17 @@ from training.methods.base import Method
 from training.recipe import Recipe
 from training.run import load_method
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every evaluation's path: raise it when the same weights would score differently."""
 
 _BATCH = 16
+_OF_EACH = 4
+"""Images of each kind in a gallery."""
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """What one task evaluates."""
+    """What one task evaluates or draws."""
 
     recipe: Recipe
     store_url: str
@@ -41,8 +46,6 @@ class EvalJob:
     """Folder of the evaluation."""
     labels: LabelTable
     shard: Shard
-    gallery: frozenset[int]
-    """Image ids to draw pictures of."""
     device: str = "cpu"
 
 
@@ -50,22 +53,25 @@ class EvalJob:
 class ShardScore:
     """The result of one shard, as its record on the store holds it."""
 
-    image_ids: tuple[int, ...]
-    stats: PQStats
+    score: Score
+    by_image: dict[int, PQStats]
+    """In the order of the shard."""
     annotations: tuple[dict[str, Any], ...]
     """Entries of COCO's predictions JSON."""
-    pictures: dict[int, dict[str, str]]
-    """Base64 PNGs by title, of the gallery's images."""
 
 
 @dataclass(frozen=True)
 class Scores:
     """A whole evaluation."""
 
-    stats: PQStats
-    images: int
+    score: Score
+    by_image: dict[int, PQStats]
     annotations: tuple[dict[str, Any], ...]
-    pictures: dict[int, dict[str, str]]
+
+    @property
+    def images(self) -> int:
+        """How many were counted."""
+        return len(self.by_image)
 
 
 def evaluation_path(recipe: Recipe, run: str, val_set: str) -> str:
@@ -81,26 +87,24 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     if store.exists(key):
         return _from_json(json.loads(store.read(key)))
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
-    stats, annotations, pictures = PQStats.zero(len(job.labels)), [], {}
+    total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
     for samples in load_samples(job.store_url, job.shard):
         outputs = method.predict(method.inputs([sample.image for sample in samples]))
         predictions = method.decode(outputs, [sample.panoptic.size for sample in samples])
         for sample, prediction in zip(samples, predictions, strict=True):
-            stats += compare(sample.panoptic, prediction, len(job.labels), f"image {sample.image_id}")
+            score = measure_image(sample.panoptic, prediction, job.labels, f"image {sample.image_id}")
+            total, by_image[sample.image_id] = total + score, score.pq
             png_name = f"{sample.image_id:012d}.png"
             store.write(f"{job.path}/predictions/{png_name}", coco_format.png(prediction))
             annotations.append(coco_format.annotation(prediction, job.labels, sample.image_id, png_name))
-            if sample.image_id in job.gallery:
-                pictures[sample.image_id] = _pictures(method, sample, prediction)
-    ids = tuple(entry["image_id"] for entry in annotations)
-    score = ShardScore(ids, stats, tuple(annotations), pictures)
-    store.write(key, json.dumps(_to_json(score)).encode())
-    return score
+    result = ShardScore(total, by_image, tuple(annotations))
+    store.write(key, json.dumps(_to_json(result)).encode())
+    return result
 
 
 def gather(scores: Sequence[ShardScore], val_set: ShardSet) -> Scores:
     """Add up. Raises TesseraError unless every image of the set was counted exactly once."""
-    counted = sorted(i for score in scores for i in score.image_ids)
+    counted = sorted(i for score in scores for i in score.by_image)
     expected = sorted(i for shard in val_set.shards for i in shard.image_ids)
     if counted != expected:
         missing, extra = set(expected) - set(counted), len(counted) - len(set(counted))
@@ -109,15 +113,31 @@ def gather(scores: Sequence[ShardScore], val_set: ShardSet) -> Scores:
             f"({sorted(missing)[:5]}), {extra} more than once"
         )
     annotations = sorted((a for score in scores for a in score.annotations), key=lambda a: a["image_id"])
-    pictures = {i: views for score in scores for i, views in sorted(score.pictures.items())}
-    total = sum((score.stats for score in scores), PQStats.zero(len(val_set.labels)))
-    return Scores(total, len(counted), tuple(annotations), dict(sorted(pictures.items())))
+    by_image = {i: stats for score in scores for i, stats in score.by_image.items()}
+    total = sum((score.score for score in scores), Score.zero(len(val_set.labels)))
+    return Scores(total, dict(sorted(by_image.items())), tuple(annotations))
 
 
-def gallery_of(val_set: ShardSet, count: int = 12) -> frozenset[int]:
-    """Image ids spread evenly over the set."""
-    ids = sorted(i for shard in val_set.shards for i in shard.image_ids)
-    return frozenset(ids[:: max(1, len(ids) // count)][:count])
+def galleries_of(scores: Scores) -> dict[str, list[int]]:
+    """Image ids by `worst`, `median` and `best` PQ of the image; of equals the lower id comes first."""
+    table = Table.of(scores.by_image)
+    pq_I = image_pq(table)
+    order = [table.image_ids[i] for i in np.argsort(pq_I, kind="stable") if not np.isnan(pq_I[i])]
+    if len(order) <= 3 * _OF_EACH:
+        return {"all, the worst first": order}
+    middle = (len(order) - _OF_EACH) // 2
+    return {
+        "worst": order[:_OF_EACH],
+        "median": order[middle : middle + _OF_EACH],
+        "best": order[: -_OF_EACH - 1 : -1],
+    }
+
+
+def draw_shard(job: EvalJob, image_ids: frozenset[int]) -> dict[int, dict[str, str]]:
+    """Base64 PNGs by title of those images of the shard: image, what the network says, prediction and truth."""
+    method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
+    samples = (sample for batch in load_samples(job.store_url, job.shard) for sample in batch)
+    return {s.image_id: _pictures(method, s) for s in samples if s.image_id in image_ids}
 
 
 def load_samples(store_url: str, shard: Shard) -> Iterator[list[Sample]]:
@@ -133,24 +153,23 @@ def _cached_method(recipe: Recipe, labels: LabelTable, store_url: str, run: str)
     return load_method(recipe, labels, store_url, run)
 
 
-def _pictures(method: Method, sample: Sample, prediction: PanopticMap) -> dict[str, str]:
-    image_HW3 = decode_image(sample.image)
+def _pictures(method: Method, sample: Sample) -> dict[str, str]:
+    image_HW3, size = decode_image(sample.image), sample.panoptic.size
+    outputs = method.predict(method.inputs([sample.image]))
+    (prediction,) = method.decode(outputs, [size])
     pictures: dict[str, Picture] = {"image": image_HW3}
-    pictures |= method.views(method.predict(method.inputs([sample.image])))[0]
-    pictures["predicted panoptic"] = panoptic_overlay(image_HW3, prediction, method.labels)
     pictures["ground truth"] = panoptic_overlay(image_HW3, sample.panoptic, method.labels)
-    size = sample.panoptic.size
+    pictures["predicted panoptic"] = panoptic_overlay(image_HW3, prediction, method.labels)
+    pictures |= method.views(outputs)[0]
     return {title: base64.b64encode(encode_png(picture, size)).decode() for title, picture in pictures.items()}
 
 
 def _to_json(score: ShardScore) -> dict[str, Any]:
-    return {**vars(score), "stats": score.stats.to_json()}
+    by_image = {str(i): stats.to_sparse_json() for i, stats in score.by_image.items()}
+    return {"score": score.score.to_json(), "by_image": by_image, "annotations": score.annotations}
 
 
 def _from_json(content: dict[str, Any]) -> ShardScore:
-    return ShardScore(
-        tuple(content["image_ids"]),
-        PQStats.from_json(content["stats"]),
-        tuple(content["annotations"]),
-        {int(i): views for i, views in content["pictures"].items()},
-    )
+    score = Score.from_json(content["score"])
+    by_image = {int(i): PQStats.from_sparse_json(rows, len(score.pq)) for i, rows in content["by_image"].items()}
+    return ShardScore(score, by_image, tuple(content["annotations"]))

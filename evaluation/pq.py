@@ -56,6 +56,21 @@ class PQStats:
         counts = {name: getattr(self, name).tolist() for name in ("tp", "fp", "fn")}
         return {"iou_units": [str(units) for units in self.iou_units], **counts}
 
+    def to_sparse_json(self) -> dict[str, list[Any]]:
+        """Of one image: [IoU units, tp, fp, fn] by category, without those that do not occur."""
+        occurs = np.flatnonzero(self.tp + self.fp + self.fn)
+        return {str(c): [str(self.iou_units[c]), *(int(n[c]) for n in (self.tp, self.fp, self.fn))] for c in occurs}
+
+    @classmethod
+    def from_sparse_json(cls, rows: Mapping[str, Sequence[Any]], categories: int) -> "PQStats":
+        """Inverse of to_sparse_json, exact."""
+        stats = cls.zero(categories)
+        for name, (units, *counts) in rows.items():
+            stats.iou_units[int(name)] = int(units)
+            for array, count in zip((stats.tp, stats.fp, stats.fn), counts, strict=True):
+                array[int(name)] = count
+        return stats
+
     @property
     def iou(self) -> NDArray[np.float64]:
         """Sum of the IoUs of matched pairs, the exact sum rounded once: float64, (C,)."""
@@ -63,6 +78,9 @@ class PQStats:
 
     def __len__(self) -> int:
         return len(self.tp)
+
+    def __getitem__(self, part: slice) -> "PQStats":
+        return PQStats(self.iou_units[part], self.tp[part], self.fp[part], self.fn[part])
 
     def __add__(self, other: "PQStats") -> "PQStats":
         if len(self) != len(other):
@@ -81,9 +99,19 @@ def compare(truth: PanopticMap, prediction: PanopticMap, categories: int, where:
       its category. Of several crowds of a category only the last of the table counts, as in the API.
     - Ground-truth ids that are not in its table are neither segments nor void: they stay in the union.
 
-    `where` names the image in errors. Raises TesseraError for maps of different size, ids that are 0 or
-    listed twice, a category outside 0..categories - 1, and a predicted id found only in the pixels or only
-    in the table.
+    `where` names the image in errors. Raises TesseraError as `pixel_counts` does.
+    """
+    counts = pixel_counts(truth, prediction, categories, where)
+    category_N, category_M = categories_of(truth.segments), categories_of(prediction.segments)
+    found = match(counts, ious(counts), category_N, category_M, crowds_of(truth.segments))
+    return tally(found, category_N, category_M, categories)
+
+
+def pixel_counts(truth: PanopticMap, prediction: PanopticMap, categories: int, where: str = "") -> NDArray[np.int64]:
+    """`joint_histogram` of two maps of one image.
+
+    Raises TesseraError, naming `where`, for maps of different size, ids that are 0 or listed twice, a category
+    outside 0..categories - 1, and a predicted id found only in the pixels or only in the table.
     """
     prefix = f"{where}: " if where else ""
     if truth.size != prediction.size:
@@ -92,9 +120,19 @@ def compare(truth: PanopticMap, prediction: PanopticMap, categories: int, where:
     _check_table(truth.segments, categories, f"{prefix}ground truth")
     _check_table(prediction.segments, categories, f"{prefix}prediction")
     maps = np.ascontiguousarray(truth.ids), np.ascontiguousarray(prediction.ids)
-    counts = joint_histogram(*maps, *_sorted_ids(truth.segments), *_sorted_ids(prediction.segments))
+    counts = joint_histogram(*maps, *sorted_ids(truth.segments), *sorted_ids(prediction.segments))
     _check_pixels(prediction, counts.sum(axis=0), f"{prefix}prediction")
-    return _match(truth.segments, prediction.segments, counts, categories)
+    return counts
+
+
+def categories_of(segments: Sequence[Segment]) -> NDArray[np.int64]:
+    """Contiguous ids, (N,)."""
+    return np.array([segment.category for segment in segments], np.int64)
+
+
+def crowds_of(segments: Sequence[Segment]) -> NDArray[np.bool_]:
+    """Which are crowds, (N,)."""
+    return np.array([segment.is_crowd for segment in segments], bool)
 
 
 @njit(cache=True, nogil=True)
@@ -126,6 +164,25 @@ def joint_histogram(
 
 
 @njit(cache=True, nogil=True)
+def joint_labels(
+    truth_HW: NDArray[np.uint16], prediction_HW: NDArray[np.uint16], truth_rows: int, prediction_rows: int
+) -> NDArray[np.int64]:
+    """`joint_histogram` of label maps, as rgb_ids.read_labels gives them: uint16, 0 = void, row i has the label i.
+
+    Maps of one size, C-contiguous. Larger labels are ids that are not listed. Returns int64 (N + 2, M + 2).
+    """
+    truth, prediction = truth_HW.ravel(), prediction_HW.ravel()
+    counts = np.zeros((truth_rows + 2, prediction_rows + 2), np.int64)
+    start = 0
+    for at in range(1, truth.size + 1):
+        if at == truth.size or truth[at] != truth[at - 1] or prediction[at] != prediction[at - 1]:
+            row, column = min(truth[start], truth_rows + 1), min(prediction[start], prediction_rows + 1)
+            counts[row, column] += at - start
+            start = at
+    return counts
+
+
+@njit(cache=True, nogil=True)
 def _row(value: int, sorted_ids_N: NDArray[np.int32], rows_N: NDArray[np.int64]) -> int:
     if value == 0:
         return 0
@@ -136,7 +193,8 @@ def _row(value: int, sorted_ids_N: NDArray[np.int32], rows_N: NDArray[np.int64])
     return rows_N[at] if known else sorted_ids_N.size + 1
 
 
-def _sorted_ids(segments: Sequence[Segment]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def sorted_ids(segments: Sequence[Segment]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Ids in ascending order, and the row of each from 1, as `joint_histogram` takes them."""
     ids_N = np.array([segment.id for segment in segments], np.int32)
     order = np.argsort(ids_N)
     return ids_N[order], order + 1
@@ -144,8 +202,8 @@ def _sorted_ids(segments: Sequence[Segment]) -> tuple[NDArray[np.int32], NDArray
 
 def _check_table(segments: Sequence[Segment], categories: int, what: str) -> None:
     for id_, times in Counter(segment.id for segment in segments).items():
-        if id_ == 0 or times > 1:
-            raise TesseraError(f"{what}: segment id {id_} is listed {times}x; ids are unique and not 0")
+        if id_ <= 0 or times > 1:
+            raise TesseraError(f"{what}: segment id {id_} is listed {times}x; ids are unique and positive")
     for segment in segments:
         if not 0 <= segment.category < categories:
             raise TesseraError(f"{what}: segment {segment.id} has category {segment.category} of {categories}")
@@ -162,39 +220,67 @@ def _check_pixels(panoptic: PanopticMap, area_M: NDArray[np.int64], what: str) -
             raise TesseraError(f"{what}: segment {id_} is in the table but covers 0 px")
 
 
-def _match(
-    truth: Sequence[Segment], prediction: Sequence[Segment], counts: NDArray[np.int64], categories: int
-) -> PQStats:
-    category_N = np.array([segment.category for segment in truth], np.int64)
-    category_M = np.array([segment.category for segment in prediction], np.int64)
-    crowd_N = np.array([segment.is_crowd for segment in truth], bool)
+@dataclass(frozen=True)
+class Matches:
+    """Which segments of two maps are one another, and which are nobody's; rows and columns count from 0."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    iou: NDArray[np.float64]
+    """Of each matched pair."""
+    missed: NDArray[np.bool_]
+    """Ground-truth segments that are false negatives, (N,)."""
+    false: NDArray[np.bool_]
+    """Predicted segments that are false positives, (M,)."""
+
+
+def ious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """IoU of every pair, float64 (N, M); pixels of the prediction on void are left out of the union.
+
+    counts: int64 (N + 2, M + 2) as `joint_histogram` gives them.
+    """
     area_N, area_M, void_M = counts.sum(axis=1)[1:-1], counts.sum(axis=0)[1:-1], counts[0, 1:-1]
     overlap_NM = counts[1:-1, 1:-1]
-    union_NM = area_N[:, None] + area_M - overlap_NM - void_M
-    same_NM = (category_N[:, None] == category_M) & ~crowd_N[:, None]
-    match_NM = same_NM & (2 * overlap_NM > union_NM)
-    matched_N, matched_M = match_NM.any(axis=1), match_NM.any(axis=0)
-    excused_M = 2 * (void_M + _on_crowd(truth, prediction, counts)) > area_M
-    iou_units = np.full(categories, 0, object)
-    for row, column in np.argwhere(match_NM):
-        iou = overlap_NM[row, column] / union_NM[row, column]
-        iou_units[category_N[row]] += int(iou * IOU_UNIT)
-    return PQStats(
-        iou_units,
-        tp=np.bincount(category_N[matched_N], minlength=categories),
-        fp=np.bincount(category_M[~matched_M & ~excused_M], minlength=categories),
-        fn=np.bincount(category_N[~matched_N & ~crowd_N], minlength=categories),
-    )
+    return overlap_NM / np.maximum(area_N[:, None] + area_M - overlap_NM - void_M, 1)
 
 
-def _on_crowd(truth: Sequence[Segment], prediction: Sequence[Segment], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def match(
+    counts: NDArray[np.int64],
+    iou_NM: NDArray[np.float64],
+    category_N: NDArray[np.int64],
+    category_M: NDArray[np.int64],
+    crowd_N: NDArray[np.bool_],
+) -> Matches:
+    """The rules of `compare`. A category of -1 belongs to a segment that neither matches nor is missed or false."""
+    same_NM = (category_N[:, None] == category_M) & (~crowd_N & (category_N >= 0))[:, None]
+    match_NM = same_NM & (iou_NM > 0.5)
+    rows, columns = np.nonzero(match_NM)
+    area_M, void_M = counts.sum(axis=0)[1:-1], counts[0, 1:-1]
+    excused_M = 2 * (void_M + _on_crowd(counts, category_N, category_M, crowd_N)) > area_M
+    missed_N = ~match_NM.any(axis=1) & ~crowd_N & (category_N >= 0)
+    false_M = ~match_NM.any(axis=0) & ~excused_M & (category_M >= 0)
+    return Matches(rows, columns, iou_NM[rows, columns], missed_N, false_M)
+
+
+def tally(found: Matches, slot_N: NDArray[np.int64], slot_M: NDArray[np.int64], slots: int) -> PQStats:
+    """Add matches up by slot: a match and a missed segment count in that of the truth, a false one in its own."""
+    iou_units = np.full(slots, 0, object)
+    for slot, iou in zip(slot_N[found.rows].tolist(), found.iou.tolist(), strict=True):
+        iou_units[slot] += int(iou * IOU_UNIT)
+    rows = (slot_N[found.rows], slot_M[found.false], slot_N[found.missed])
+    return PQStats(iou_units, *(np.bincount(slot, minlength=slots) for slot in rows))
+
+
+def _on_crowd(
+    counts: NDArray[np.int64],
+    category_N: NDArray[np.int64],
+    category_M: NDArray[np.int64],
+    crowd_N: NDArray[np.bool_],
+) -> NDArray[np.int64]:
     """Pixels of each predicted segment on the last crowd of its category; int64 (M,)."""
-    last = {segment.category: row for row, segment in enumerate(truth, start=1) if segment.is_crowd}
-    on_crowd_M = np.zeros(len(prediction), np.int64)
-    for column, segment in enumerate(prediction):
-        if segment.category in last:
-            on_crowd_M[column] = counts[last[segment.category], column + 1]
-    return on_crowd_M
+    last = {int(category_N[row]): row + 1 for row in np.flatnonzero(crowd_N)}
+    on_crowd = [counts[last[c], column] if c in last else 0 for column, c in enumerate(category_M.tolist(), start=1)]
+    return np.array(on_crowd, np.int64)
 
 
 def summarise(stats: PQStats, labels: LabelTable) -> dict[str, Any]:

@@ -2,8 +2,16 @@
 
 import logging
 
-from evaluation.evaluate import EvalJob, ShardScore, evaluate_shard, evaluation_path, gallery_of, gather
-from evaluation.report import Report, read_report, write_report
+from evaluation.evaluate import (
+    EvalJob,
+    ShardScore,
+    draw_shard,
+    evaluate_shard,
+    evaluation_path,
+    galleries_of,
+    gather,
+)
+from evaluation.report import Gallery, Report, read_report, write_report
 from infra import ray_cluster
 from preprocessing.shards import ShardSet
 from training.recipe import Recipe
@@ -22,14 +30,23 @@ def evaluate(recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str,
     if finished is not None:
         log.info("evaluated already: %s", path)
         return finished
-    gallery = gallery_of(val_set)
+    device, options = "cuda" if gpus else "cpu", {"num_gpus": int(gpus)}
+    jobs = {s.key: EvalJob(recipe, store_url, run.path, path, val_set.labels, s, device) for s in val_set.shards}
     done: list[int] = []
 
     def report(score: ShardScore) -> None:
-        done.append(len(score.image_ids))
+        done.append(len(score.by_image))
         log.info("evaluated shard %d of %d, %d images", len(done), len(val_set.shards), sum(done))
 
-    device = "cuda" if gpus else "cpu"
-    jobs = ((EvalJob(recipe, store_url, run.path, path, val_set.labels, s, gallery, device),) for s in val_set.shards)
-    scores = gather(ray_cluster.map_tasks(evaluate_shard, jobs, report, num_gpus=int(gpus)), val_set)
-    return write_report(recipe, run, val_set, store_url, path, scores)
+    scores = gather(
+        ray_cluster.map_tasks(evaluate_shard, ((job,) for job in jobs.values()), report, **options), val_set
+    )
+    galleries = galleries_of(scores)
+    wanted = frozenset(i for ids in galleries.values() for i in ids)
+    drawing = [(job, wanted) for job in jobs.values() if wanted.intersection(job.shard.image_ids)]
+    pictures = {
+        image_id: views
+        for drawn in ray_cluster.map_tasks(draw_shard, drawing, lambda drawn: None, **options)
+        for image_id, views in drawn.items()
+    }
+    return write_report(recipe, run, val_set, store_url, path, scores, Gallery(galleries, pictures))

@@ -1,19 +1,20 @@
 """Reports of one evaluation: JSON for programs, Markdown for flows, one HTML file for people."""
 
 import dataclasses
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
+from evaluation import plots
 from evaluation.evaluate import Scores
-from evaluation.pq import summarise
+from evaluation.summary import summary_of
 from infra import artifacts
 from infra.store import open_store
+from infra.version import code_version
+from preprocessing.labels import LabelTable
 from preprocessing.shards import ShardSet
 from training.recipe import Recipe
 from training.run import TrainedRun
@@ -29,8 +30,18 @@ class Report:
     url: str
     """Of the HTML file."""
     summary: dict[str, Any]
-    """As pq.summarise gives it."""
+    """As summary.summary_of gives it."""
     markdown: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of some images."""
+
+    kinds: dict[str, list[int]]
+    """Image ids by what they are examples of."""
+    pictures: dict[int, dict[str, str]]
+    """By image id, base64 PNGs by title."""
 
 
 def read_report(recipe: Recipe, store_url: str, path: str) -> Report | None:
@@ -44,28 +55,32 @@ def read_report(recipe: Recipe, store_url: str, path: str) -> Report | None:
 
 
 def write_report(
-    recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str, path: str, scores: Scores
+    recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str, path: str, scores: Scores, gallery: Gallery
 ) -> Report:
-    """Write predictions.json, report.json, report.md, report.html and the manifest under `path`.
+    """Write predictions.json, images.json, report.json, report.md, report.html and the manifest under `path`.
 
-    `predictions.json` and the folder `predictions` are what the COCO panoptic API reads.
+    `predictions.json` and the folder `predictions` are what the COCO panoptic API reads; `images.json` has the
+    statistics of every image, from which runs are compared.
     """
-    store, summary = open_store(store_url), summarise(scores.stats, val_set.labels)
+    store, summary = open_store(store_url), summary_of(scores, val_set.labels)
     markdown = to_markdown(recipe, summary, scores.images)
     predictions = {"annotations": scores.annotations, "categories": val_set.labels.to_coco()}
     files = {
         "predictions.json": json.dumps(predictions),
+        "images.json": json.dumps({str(i): stats.to_sparse_json() for i, stats in scores.by_image.items()}),
         "report.json": json.dumps(summary, indent=1),
         "report.md": markdown,
-        "report.html": to_html(recipe, run, val_set, summary, scores),
+        "report.html": to_html(recipe, run, val_set, summary, gallery),
     }
     for name, text in files.items():
         store.write(f"{path}/{name}", text.encode())
     manifest = {
+        "recipe": recipe.name,
         "run": run.path,
         "val_set": val_set.path,
         "images": scores.images,
         "pq": {g: summary["pq"][g] for g in GROUPS},
+        "code": code_version(),
     }
     artifacts.write_manifest(store, path, manifest)
     return Report(store.url_for(f"{path}/report.html"), summary, markdown)
@@ -76,12 +91,12 @@ def to_markdown(recipe: Recipe, summary: dict[str, Any], images: int) -> str:
     lines = [
         f"### {recipe.name}: panoptic quality on {images} images",
         "",
-        "| | PQ | SQ | RQ |",
-        "|---|---:|---:|---:|",
+        "| | PQ | 95 % | SQ | RQ |",
+        "|---|---:|---:|---:|---:|",
     ]
     for group in GROUPS:
-        cells = " | ".join(percent(summary[metric][group]) for metric in METRICS)
-        lines.append(f"| {group} | {cells} |")
+        pq, sq, rq = (percent(summary[metric][group]) for metric in METRICS)
+        lines.append(f"| {group} | {pq} | {interval(summary['intervals'][group])} | {sq} | {rq} |")
     return "\n".join(lines)
 
 
@@ -90,47 +105,46 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def to_html(recipe: Recipe, run: TrainedRun, val_set: ShardSet, summary: dict[str, Any], scores: Scores) -> str:
-    """One file that opens from disk without a network: pictures and curves are inside."""
+def interval(ends: tuple[float, float] | None) -> str:
+    """One decimal each, or a dash."""
+    return "-" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
+
+
+def page(template: str, **content: Any) -> str:
+    """One of our templates: a file that opens from disk without a network."""
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    templates.filters["percent"] = percent
-    subtitle = (
-        f"{scores.images} images, {len(val_set.labels)} categories; trained {run.steps} steps of "
-        f"{recipe.train.batch} images on {run.workers} workers in {run.seconds:.0f} s; {run.path}"
-    )
-    return templates.get_template("report.html").render(
+    templates.filters |= {"percent": percent, "interval": interval}
+    return templates.get_template(template).render(**content)
+
+
+def to_html(recipe: Recipe, run: TrainedRun, val_set: ShardSet, summary: dict[str, Any], gallery: Gallery) -> str:
+    """One file: figures, pictures and curves are inside."""
+    facts = {
+        "evaluated": f"{len(summary['images'])} images, {len(val_set.labels)} categories, {val_set.path}",
+        "trained": f"{run.steps} steps of {recipe.train.batch} images, {run.path}",
+        "cost": f"{run.seconds:.0f} s on {run.workers} workers ({run.workers * run.seconds / 3600:.2f} worker-hours)",
+        "code": code_version(),
+    }
+    return page(
+        "report.html",
         title=f"Tessera: {recipe.name}",
-        subtitle=subtitle,
+        facts=facts,
         summary=summary,
-        categories=_category_rows(val_set, summary),
-        pictures=scores.pictures,
-        curves=_curves(run),
+        categories=category_rows(val_set.labels, summary),
+        gallery=gallery,
+        curves=plots.curves(run.history),
+        sizes=plots.sizes({recipe.name: summary["sizes"]}),
         recipe=json.dumps(dataclasses.asdict(recipe), indent=2),
     )
 
 
-def _category_rows(val_set: ShardSet, summary: dict[str, Any]) -> list[dict[str, Any]]:
+def category_rows(labels: LabelTable, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Categories in the label table's order; the summary's keys are in that order too."""
     rows = []
-    for category, name in zip(val_set.labels.categories, summary["pq"]["per_category"], strict=True):
+    named = zip(labels.categories, summary["pq"]["per_category"], summary["semantic"]["per_category"], strict=True)
+    for category, name, iou in named:
         values = {metric: summary[metric]["per_category"][name] for metric in METRICS}
         kind = "thing" if category.is_thing else "stuff"
         counts = summary["counts"]["per_category"][name]
-        rows.append({"name": name, "kind": kind, "color": category.color, **values, **counts})
+        rows.append({"name": name, "kind": kind, "color": category.color, "iou": iou, **values, **counts})
     return rows
-
-
-def _curves(run: TrainedRun) -> str:
-    """Losses over steps, as SVG."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
-    names = sorted({name for row in run.history for name in row["losses"]})
-    for name in names:
-        rows = [row for row in run.history if name in row["losses"]]
-        axes.plot([row["step"] for row in rows], [row["losses"][name] for row in rows], label=name)
-    axes.set(xlabel="step", ylabel="weighted loss", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

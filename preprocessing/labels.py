@@ -60,7 +60,7 @@ class LabelTable:
             try:
                 red, green, blue = (int(value) for value in entry.get("color") or _spread_color(position))
                 number = int(entry["id"])
-            except (TypeError, ValueError) as error:
+            except (OverflowError, TypeError, ValueError) as error:
                 expected = "expected an integer id, and three integers as color"
                 raise TesseraError(f"{source}: category {entry}: {expected}") from error
             if entry["isthing"] not in (0, 1):

@@ -232,10 +232,13 @@ def check(result: ShardSet, bad_share: float) -> None:
 
 
 def read_set(store: Store, path: str) -> ShardSet | None:
-    """The finished set at `path`, or None."""
+    """The finished set at `path`, or None. TesseraError if another version has written it."""
     content = artifacts.read_manifest(store, path)
     if content is None:
         return None
+    if content["schema"] != SCHEMA_VERSION:
+        url, schemas = store.url_for(path), f"schema {content['schema']}, this code reads {SCHEMA_VERSION}"
+        raise TesseraError(f"{url}: written by another version ({schemas}); run precompute again")
     grid = content["config"]["grid"]
     return ShardSet(
         path,

@@ -99,6 +99,17 @@ class Recipe:
                 f"shards are exact up to {self.shards.radius}"
             )
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
+        """Inverse of dataclasses.asdict and JSON, as runs' manifests hold recipes.
+
+        Raises TesseraError for one that another version has written, whose options differ from today's.
+        """
+        try:
+            return _restored(cls, content)
+        except (KeyError, TypeError) as error:
+            raise TesseraError(f"a recipe of another version: {error}") from error
+
     def changed(self, options: Mapping[str, Any]) -> "Recipe":
         """The same recipe with other options, by dotted name: {"method.eds_distance": 0, "train.seed": 1}.
 
@@ -164,6 +175,18 @@ def _changed(config: Any, place: str, options: dict[str, Any]) -> Any:
             value = _typed(types, options[name], f"{place}{name}")
         changes[name] = _changed(value, f"{place}{name}.", below) if below else value
     return dataclasses.replace(config, **changes)
+
+
+def _restored(types: Any, value: Any) -> Any:
+    """A value of a field of these types; among several dataclasses it is the one with just these fields."""
+    if isinstance(value, Mapping):
+        kinds = tuple(METHODS) if types is MethodConfig else get_args(types) or (types,)
+        kind = next((k for k in kinds if {f.name for f in dataclasses.fields(k)} == value.keys()), None)
+        if kind is None:
+            raise KeyError(f"no {' or '.join(k.__name__ for k in kinds)} has the fields {', '.join(sorted(value))}")
+        hints = get_type_hints(kind)
+        return kind(**{name: _restored(hints[name], part) for name, part in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _of_kind(config: Any, types: Any, options: dict[str, Any]) -> Any:

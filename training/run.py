@@ -6,8 +6,10 @@ from typing import Any
 from safetensors.torch import load
 
 from infra import artifacts
+from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.labels import LabelTable
+from preprocessing.shards import read_set
 from training.methods.base import Method
 from training.recipe import Recipe
 
@@ -38,6 +40,23 @@ def read_run(store_url: str, path: str) -> TrainedRun | None:
     """The finished run at `path`, or None."""
     content = artifacts.read_manifest(open_store(store_url), path)
     return None if content is None else TrainedRun.of(path, content)
+
+
+def open_run(store_url: str, path: str) -> tuple[Recipe, Method]:
+    """Recipe and trained method of a finished run, with nothing but the store at hand; in evaluation mode, on the CPU.
+
+    The label table is that of the shards it was trained on. Raises TesseraError if there is no finished run at
+    `path`, if its shards' manifest is gone, and for one that another version has written.
+    """
+    store = open_store(store_url)
+    content = artifacts.read_manifest(store, path)
+    if content is None:
+        raise TesseraError(f"{store.url_for(path)}: no finished run")
+    shards = read_set(store, content["train_set"])
+    if shards is None:
+        raise TesseraError(f"{store.url_for(path)}: its data set {content['train_set']} has no manifest any more")
+    recipe = Recipe.from_json(content["recipe"])
+    return recipe, load_method(recipe, shards.labels, store_url, path)
 
 
 def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -> Method:

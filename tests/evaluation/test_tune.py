@@ -42,8 +42,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, ShardSet,
 
 def evaluated(recipe: Recipe, shards: ShardSet, url: str, name: str) -> float:
     """PQ as the evaluation step finds it."""
-    jobs = [EvalJob(recipe, url, RUN, f"evaluate/{name}", shards.labels, shard, frozenset()) for shard in shards.shards]
-    total = sum((evaluate_shard(job).stats for job in jobs), PQStats.zero(len(shards.labels)))
+    jobs = [EvalJob(recipe, url, RUN, f"evaluate/{name}", shards.labels, shard) for shard in shards.shards]
+    total = sum((evaluate_shard(job).score.pq for job in jobs), PQStats.zero(len(shards.labels)))
     return summarise(total, shards.labels)["pq"]["all"]
 
 

@@ -1,0 +1,138 @@
+"""A finished run at work on anybody's pictures: no shards, no Ray, no Prefect."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation.images import UserImage, read_image
+from infra.errors import TesseraError
+from preprocessing.geometry import resize_labels
+from preprocessing.labels import LabelTable
+from preprocessing.panoptic_map import PanopticMap
+from preprocessing.pictures import Picture, panoptic_overlay
+from training.methods.base import Method
+from training.run import open_run
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says of one picture."""
+
+    image_HW3: Picture
+    """uint8 RGB, as `read_image` decoded it: upright."""
+    panoptic: PanopticMap
+    """Of the same height and width."""
+    labels: LabelTable
+    """Its categories."""
+    notes: tuple[str, ...] = ()
+    """What was done to the picture before; see images.read_image."""
+    empty: str = ""
+    """Where there is no segment at all: why, as far as that can be told."""
+
+    def overlay(self, longest: int | None = None) -> Picture:
+        """The segments over the picture, uint8 RGB; its longer side shrunk to at most `longest` pixels, if given."""
+        height, width = self.panoptic.size
+        share = min(1.0, (longest or max(height, width)) / max(height, width))
+        size = max(1, round(share * height)), max(1, round(share * width))
+        image = Image.fromarray(self.image_HW3).resize(size[::-1], Image.Resampling.BOX)
+        shrunk = PanopticMap(resize_labels(self.panoptic.ids, size), self.panoptic.segments)
+        return panoptic_overlay(np.asarray(image), shrunk, self.labels)
+
+
+class Predictor:
+    """A trained method on a device.
+
+    predictor = Predictor.load("/data/tessera", "train/0123456789abcdef")
+    prediction = predictor(Path("photo.jpg").read_bytes())
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method.eval()
+
+    @classmethod
+    def load(cls, store_url: str, run: str, device: str | None = None) -> "Predictor":
+        """The finished run at `run`, a folder under the store's root; `device` as torch names it.
+
+        Without a device: CUDA where there is one, else the CPU. Raises TesseraError as open_run does, for a run
+        that another version has written, and for a device that this machine lacks.
+        """
+        place = _device(device)
+        try:
+            _, method = open_run(store_url, run)
+        except (KeyError, TypeError, RuntimeError) as error:  # of a manifest or weights that are not today's
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise TesseraError(f"{store_url}/{run}: written by another version ({reason}); train it anew") from error
+        return cls(method.to(place))
+
+    @property
+    def labels(self) -> LabelTable:
+        """The categories that it knows."""
+        return self.method.labels
+
+    def __call__(self, image: bytes) -> Prediction:
+        """The bytes of one image file -> what the run says of it, upright and at its own size.
+
+        Raises TesseraError as read_image does.
+        """
+        return self.batch([read_image(image)])[0]
+
+    def batch(self, images: Sequence[UserImage]) -> list[Prediction]:
+        """One pass of the network over all of them. Raises TesseraError where the network's output is not finite."""
+        sizes = [(image.rgb_HW3.shape[0], image.rgb_HW3.shape[1]) for image in images]
+        maps = self.method.segment(self.method.inputs([_ppm(image.rgb_HW3) for image in images]), sizes)
+        return [
+            Prediction(
+                image.rgb_HW3, panoptic, self.labels, image.notes, "" if panoptic.segments else self._why_empty(image)
+            )
+            for image, panoptic in zip(images, maps, strict=True)
+        ]
+
+    def _why_empty(self, image: UserImage) -> str:
+        """The decoder's options, and which other value of one of them would have kept something.
+
+        All that can be said of a method that is not known: the values are those that its decode config names as
+        candidates for tuning.
+        """
+        height, width = image.rgb_HW3.shape[:2]
+        outputs = self.method.predict(self.method.inputs([_ppm(image.rgb_HW3)]))
+        config, decode = self.method.config, self.method.config.decode
+        used = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(decode).items())
+        finds = []
+        try:
+            for name, values in getattr(decode, "candidates", {}).items():
+                for value in values:
+                    changed = dataclasses.replace(decode, **{name: value})
+                    self.method.config = dataclasses.replace(config, decode=changed)
+                    count = len(self.method.decode(outputs, [(height, width)])[0].segments)
+                    finds += [f"{name} {value} would give {count}"] if count else []
+        finally:
+            self.method.config = config
+        hint = "; ".join(finds) or (
+            "nor does any other value that `pipelines.tune` would try: the network itself sees nothing here; was the "
+            "run trained long enough, and on images like this one?"
+        )
+        return f"no segment; decoded with {used}; {hint}"
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise TesseraError(f"device {name!r} is not to be had here ({reason}); 'cpu' always is") from error
+    return device
+
+
+def _ppm(rgb_HW3: Picture) -> bytes:
+    """A file that decodes to just these pixels, written and read at the speed of memory; Method.inputs takes files."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb_HW3).save(buffer, "PPM")
+    return buffer.getvalue()

@@ -1,0 +1,258 @@
+"""Predicting files, and writing what comes of it in COCO's panoptic format: no Ray here."""
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from evaluation import coco_format
+from evaluation.images import UserImage, read_image
+from evaluation.predict import Prediction, Predictor
+from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
+from infra.errors import TesseraError
+from infra.store import Store, open_store
+from preprocessing.labels import LabelTable
+from preprocessing.source import stable_id
+
+CHUNK = 32
+"""Images of one task."""
+
+_BATCH = 8
+_BATCH_PIXELS = 24_000_000  # with labels and masks about 20 bytes each
+_OVERLAY = 2048
+
+Row = dict[str, Any]
+"""What the store keeps of one predicted image: file_name, png, height, width, segments_info, notes, empty, key."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of some images."""
+
+    rows: tuple[Row, ...]
+    failed: tuple[Failure, ...]
+    fresh: int
+    """Images that were predicted just now; the other rows were there already."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one call came to; the URLs of what it wrote."""
+
+    images: int
+    fresh: int
+    failed: tuple[Failure, ...]
+    empty: tuple[Failure, ...]
+    """Images without any segment, and why."""
+    ignored: int
+    predictions: str
+    problems: str
+    archive: str | None
+    """The zip for COCO's server, if every image of the list was done."""
+
+
+def predict_chunk(work: Work, items: Sequence[Item], device: str | None) -> Outcome:
+    """Predict the images that are not done yet: PNG, overlay, then the record, whose presence means done.
+
+    An image that cannot be read, is of another size than listed, or on which the network fails is told in `failed`.
+    """
+    output = open_store(work.output)
+    rows, todo = [], []
+    for item in items:
+        row = _done(output, work, item)
+        rows.append(row) if row else todo.append(item)
+    failed: list[Failure] = []
+    fresh = [
+        _write(output, work, item, prediction)
+        for batch in _batches(work, todo, failed)
+        for item, prediction in _predicted(work, batch, device, failed)
+    ]
+    return Outcome((*rows, *fresh), tuple(failed), len(fresh))
+
+
+def _done(output: Store, work: Work, item: Item) -> Row | None:
+    record = f"{RECORDS}/{item.name}.json"
+    try:
+        row = json.loads(output.read(record)) if output.exists(record) else None
+    except TesseraError:  # a name that is no key: reading the image will say so
+        return None
+    return row if row and row["key"] == item.key(work) and output.exists(f"{work.folder}/{item.png}") else None
+
+
+def _batches(work: Work, items: Sequence[Item], failed: list[Failure]) -> Iterator[list[tuple[Item, UserImage]]]:
+    """Decoded images, as many at once as memory is sure to hold."""
+    source, batch, pixels = open_store(work.source), list[tuple[Item, UserImage]](), 0
+    for item in items:
+        try:
+            image = read_image(source.read(item.name), work.upright)
+            _check_size(item, image)
+        except TesseraError as error:
+            failed.append(Failure(item.name, str(error)))
+            continue
+        size = math.prod(image.rgb_HW3.shape[:2])
+        if batch and (len(batch) == _BATCH or pixels + size > _BATCH_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        batch.append((item, image))
+        pixels += size
+    if batch:
+        yield batch
+
+
+def _check_size(item: Item, image: UserImage) -> None:
+    height, width = image.rgb_HW3.shape[:2]
+    if item.size is not None and item.size != (height, width):
+        raise TesseraError(f"the image is {width}x{height}, the list says {item.size[1]}x{item.size[0]}")
+
+
+def _predicted(
+    work: Work, batch: list[tuple[Item, UserImage]], device: str | None, failed: list[Failure]
+) -> Iterator[tuple[Item, Prediction]]:
+    """Predictions of a batch; where the network fails on it, one by one, so that only its culprit is lost."""
+    predictor = load_predictor(work.storage, work.run, device)
+    try:
+        yield from zip([item for item, _ in batch], predictor.batch([image for _, image in batch]), strict=True)
+    except TesseraError as error:
+        if len(batch) == 1:
+            failed.append(Failure(batch[0][0].name, str(error)))
+            return
+        for single in batch:
+            yield from _predicted(work, [single], device, failed)
+
+
+@lru_cache(maxsize=1)
+def load_predictor(storage: str, run: str, device: str | None) -> Predictor:
+    """Predictor.load, once in a process that predicts many chunks."""
+    return Predictor.load(storage, run, device)
+
+
+def _write(output: Store, work: Work, item: Item, prediction: Prediction) -> Row:
+    output.write(f"{work.folder}/{item.png}", coco_format.png(prediction.panoptic))
+    if work.overlays:
+        buffer = io.BytesIO()
+        Image.fromarray(prediction.overlay(_OVERLAY)).save(buffer, "JPEG", quality=90)
+        output.write(f"overlays/{PurePosixPath(item.png).with_suffix('.jpg')}", buffer.getvalue())
+    height, width = prediction.panoptic.size
+    row = {
+        "key": item.key(work),
+        "file_name": item.name,
+        "png": item.png,
+        "height": height,
+        "width": width,
+        "segments_info": coco_format.annotation(prediction.panoptic, prediction.labels, 0, item.png)["segments_info"],
+        "notes": prediction.notes,
+        "empty": prediction.empty,
+    }
+    output.write(f"{RECORDS}/{item.name}.json", json.dumps(row).encode())
+    return row
+
+
+def finish(plan: Plan, labels: LabelTable, outcomes: Sequence[Outcome]) -> Summary:
+    """Write `<folder>.json` and problems.json, and for a COCO list, once all its images are done, the zip.
+
+    The JSON lists what earlier calls with the same run and input predicted, too: nothing in the output is lost. What
+    failed is told of this call only, as the next one tries it again.
+    """
+    work, output = plan.work, open_store(plan.work.output)
+    failed = (*plan.missing, *(failure for outcome in outcomes for failure in outcome.failed))
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    if not plan.listed:
+        rows += _earlier(output, {row["file_name"] for row in rows} | {failure.file_name for failure in failed})
+    rows.sort(key=lambda row: row["file_name"])
+    listing = json.dumps(_to_coco(rows, _image_ids(plan, rows), labels)).encode()
+    output.write(f"{work.folder}.json", listing)
+    empty = tuple(Failure(row["file_name"], row["empty"]) for row in rows if row["empty"])
+    _write_problems(output, plan, rows, failed, empty)
+    archive = None
+    if plan.listed and not failed:
+        output.write(f"{work.folder}.zip", _zipped(output, work, rows, listing))
+        archive = output.url_for(f"{work.folder}.zip")
+    fresh = sum(outcome.fresh for outcome in outcomes)
+    urls = output.url_for(f"{work.folder}.json"), output.url_for("problems.json")
+    return Summary(len(rows), fresh, failed, empty, len(plan.ignored), *urls, archive)
+
+
+def _earlier(output: Store, known: set[str]) -> list[Row]:
+    names = (entry.key.removeprefix(f"{RECORDS}/").removesuffix(".json") for entry in output.list(f"{RECORDS}/"))
+    return [json.loads(output.read(f"{RECORDS}/{name}.json")) for name in names if name not in known]
+
+
+def _image_ids(plan: Plan, rows: Sequence[Row]) -> list[int]:
+    """The COCO list's ids; else the numbers that all file names are, as COCO's; else a hash of each name."""
+    if plan.listed:
+        id_by_name = {item.name: item.image_id for item in plan.items}
+        return [int(id_by_name[row["file_name"]] or 0) for row in rows]
+    stems = [PurePosixPath(row["file_name"]).stem for row in rows]
+    if all(stem.isascii() and stem.isdigit() and len(stem) <= 15 for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    ids: dict[int, None] = {}
+    for row in rows:
+        number = stable_id(row["file_name"])
+        while number in ids:
+            number += 1
+        ids[number] = None
+    return list(ids)
+
+
+def _to_coco(rows: Sequence[Row], ids: Sequence[int], labels: LabelTable) -> dict[str, Any]:
+    numbered = list(zip(ids, rows, strict=True))
+    return {
+        "images": [{"id": i, **{name: row[name] for name in ("file_name", "height", "width")}} for i, row in numbered],
+        "annotations": [
+            {"image_id": i, "file_name": row["png"], "segments_info": row["segments_info"]} for i, row in numbered
+        ],
+        "categories": labels.to_coco(),
+    }
+
+
+def _write_problems(
+    output: Store, plan: Plan, rows: Sequence[Row], failed: Sequence[Failure], empty: Sequence[Failure]
+) -> None:
+    content = {
+        "failed": [vars(failure) for failure in failed],
+        "empty": [vars(failure) for failure in empty],
+        "notes": [{"file_name": row["file_name"], "notes": row["notes"]} for row in rows if row["notes"]],
+        "ignored": plan.ignored,
+    }
+    output.write("problems.json", json.dumps(content, indent=1).encode())
+
+
+def _zipped(output: Store, work: Work, rows: Sequence[Row], listing: bytes) -> bytes:
+    """What COCO's server takes: the JSON and the folder of PNGs, by one name, at the top of a zip of that name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:  # PNGs are deflated already
+        archive.writestr(f"{work.folder}.json", listing, zipfile.ZIP_DEFLATED)
+        for row in rows:
+            archive.writestr(f"{work.folder}/{row['png']}", output.read(f"{work.folder}/{row['png']}"))
+    return buffer.getvalue()
+
+
+def told(row: Row, labels: LabelTable) -> str:
+    """One line about a predicted image: what was found, the most frequent categories first."""
+    counts: dict[str, int] = {}
+    for segment in row["segments_info"]:
+        name = labels.names[labels.contiguous[segment["category_id"]]]
+        counts[name] = counts.get(name, 0) + 1
+    named = [f"{n} {name}" if n > 1 else name for name, n in sorted(counts.items(), key=lambda item: -item[1])]
+    more = f" and {len(named) - 8} more categories" if len(named) > 8 else ""
+    found = f"{_counted(len(row['segments_info']))}: {', '.join(named[:8])}{more}" if counts else row["empty"]
+    notes = f" ({'; '.join(row['notes'])})" if row["notes"] else ""
+    return f"{shown(row['file_name'])}: {row['width']}x{row['height']}, {found}{notes}"
+
+
+def _counted(segments: int) -> str:
+    return "1 segment" if segments == 1 else f"{segments} segments"
+
+
+def shown(name: str) -> str:
+    """A file's name for a terminal, which some names would upset."""
+    return name if name.isprintable() else ascii(name)

@@ -1,0 +1,79 @@
+"""The flow predict: a finished run over many images, as Ray tasks."""
+
+import logging
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from evaluation.predict_files import Summary, load_predictor, shown
+from evaluation.predict_plan import claim
+from evaluation.ray_predict import predict_plan
+from infra import ray_cluster
+from infra.errors import TesseraError
+from pipelines.logs import flow_logs, worth_a_retry
+from pipelines.predict_job import Predict
+
+log = logging.getLogger("tessera.flow")
+
+_SHOWN = 30
+_step = task(retries=2, retry_delay_seconds=5, retry_condition_fn=worth_a_retry, cache_policy=NO_CACHE)
+
+
+@flow(name="predict")
+def predict(job: Predict) -> dict[str, Any]:
+    """Panoptic predictions of a finished run in COCO's format, overlays, and what could not be done.
+
+    Images that are done already are not done again. Fails in the end, with all others done, if an image failed.
+    Returns the URLs and the counts.
+    """
+    with flow_logs():
+        check_job(job)
+        with ray_cluster.session(job.ray, int(job.gpus)):
+            summary = predict_images(job)
+        log.info("%d images, %d of them now: %s", summary.images, summary.fresh, summary.predictions)
+        if summary.failed:
+            raise TesseraError(f"{len(summary.failed)} images failed, the others are done: {summary.problems}")
+    return {
+        "predictions": summary.predictions,
+        "problems": summary.problems,
+        "archive": summary.archive,
+        "images": summary.images,
+        "empty": len(summary.empty),
+    }
+
+
+@_step
+def check_job(job: Predict) -> None:
+    """Refuse before Ray starts what cannot be done: no such run, no images, an output that holds something else."""
+    work = job.plan().work
+    load_predictor(work.storage, work.run, "cpu")
+    claim(work)
+
+
+@_step
+def predict_images(job: Predict) -> Summary:
+    """All predictions; the summary is an artifact of the flow run."""
+    plan = job.plan()
+    labels = load_predictor(plan.work.storage, plan.work.run, "cpu").labels
+    summary = predict_plan(plan, labels, job.gpus)
+    create_markdown_artifact(to_markdown(summary), key="predictions", description="What became of each image")
+    return summary
+
+
+def to_markdown(summary: Summary) -> str:
+    """Counts, URLs, and the first of what failed or came out empty."""
+    counts = [len(summary.failed), len(summary.empty), summary.ignored]
+    lines = [
+        f"### {summary.images} images predicted, {summary.fresh} of them now",
+        "",
+        "| failed | without a segment | other files |",
+        "|---:|---:|---:|",
+        f"| {' | '.join(map(str, counts))} |",
+        "",
+        f"{summary.archive or summary.predictions}, {summary.problems}",
+        "",
+    ]
+    lines += [f"- {shown(f.file_name)}: {f.why}" for f in (*summary.failed, *summary.empty)[:_SHOWN]]
+    return "\n".join(lines)

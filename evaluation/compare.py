@@ -52,10 +52,8 @@ class Evaluated:
 
 def read_evaluation(url: str) -> Evaluated:
     """From the store alone. TesseraError if there is no finished evaluation or its run or data set is gone."""
-    root, separator, name = url.rstrip("/").rpartition("/evaluate/")
-    if not separator:
-        raise TesseraError(f"{url}: expected the folder of an evaluation, <storage>/evaluate/<hash>")
-    store, path = open_store(root), f"evaluate/{name}"
+    root, path = artifacts.split_url(url, "evaluate")
+    store = open_store(root)
     manifest = _manifest(store, path)
     run, val_set = _manifest(store, manifest["run"]), read_set(store, manifest["val_set"])
     if val_set is None:

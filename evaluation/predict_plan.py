@@ -99,7 +99,7 @@ def plan_prediction(
     taken, in all its folders, whose names end in one of images.SUFFIXES. images: URL of a COCO image info JSON. Raises
     TesseraError if there is nothing to do, and for a list that is none.
     """
-    storage, run_path = _split_run(run)
+    storage, run_path = artifacts.split_url(run, "train")
     target = open_store(output).url
     root, items, ignored = _found(source, target)
     folder, missing = "predictions", tuple[Failure, ...]()
@@ -114,14 +114,6 @@ def plan_prediction(
         raise TesseraError(f"{source}: no images found{named}")
     work = Work(storage, run_path, root.url, target, folder, overlays, upright=images is None)
     return Plan(work, tuple(items), missing, tuple(ignored), listed=images is not None)
-
-
-def _split_run(run: str) -> tuple[str, str]:
-    """(root of the storage, folder under it) of a run's URL."""
-    parts = open_store(run).url.rsplit("/", 2)
-    if len(parts) < 3 or parts[0] in ("", "s3:", "s3:/"):
-        raise TesseraError(f"{run}: no run; expected the URL of a finished one, <storage>/train/<hash>")
-    return parts[0], f"{parts[1]}/{parts[2]}"
 
 
 def _found(source: str, output: str) -> tuple[Store, list[Item], list[str]]:

@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from infra.store import Store
+from infra.errors import TesseraError
+from infra.store import Store, open_store
 
 MANIFEST = "manifest.json"
 
@@ -24,6 +25,14 @@ def digest(*facts: Any) -> str:
 def step_path(step: str, schema: int, config: Any, inputs: Sequence[str] = ()) -> str:
     """`<step>/<hash>`: the folder, relative to the store's root, of this step's output."""
     return f"{step}/{digest(step, schema, config, list(inputs))}"
+
+
+def split_url(url: str, step: str) -> tuple[str, str]:
+    """(root of the storage, folder under it) of the URL of a step's output. TesseraError if it is none by its form."""
+    root, _, name = open_store(url).url.rpartition(f"/{step}/")
+    if not root or not name or "/" in name:
+        raise TesseraError(f"{url}: expected the URL of a finished one, <storage>/{step}/<hash>")
+    return root, f"{step}/{name}"
 
 
 def read_manifest(store: Store, path: str) -> dict[str, Any] | None:

@@ -60,7 +60,9 @@ PLAIN = [
     "training.recipes",
     *(f"training.methods.{folder.name}.{file.stem}" for folder in METHODS for file in sorted(folder.glob("[a-z]*.py"))),
     "preprocessing.shards",
+    "training.export",
     "evaluation.pq",
+    "evaluation.predict",
 ]
 LOADER = """
 import importlib, sys

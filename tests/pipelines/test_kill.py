@@ -11,7 +11,8 @@ from infra.store import open_store
 from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.pipelines.test_train_coco import run_flow
 
-pytestmark = pytest.mark.timeout(1500)  # it starts three times; on a busy machine that takes its time
+# it starts three times; on a busy machine that takes its time
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture

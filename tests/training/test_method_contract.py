@@ -290,3 +290,11 @@ def test_the_network_is_deterministic_and_exports(build: Build):
     with torch.no_grad():
         for made, expected in zip(tensors(exported(images)), first, strict=True):
             torch.testing.assert_close(made, expected.clone(), atol=1e-4, rtol=1e-4)
+
+
+def test_output_notes_say_in_a_line_what_each_tensor_of_the_network_is(build: Build):
+    """Exported files carry them, and name their outputs so."""
+    method = build(few).eval()
+    notes = method.output_notes
+    assert len(notes) == len(tensors(method.predict(batch_for(method).images_B3HW)))
+    assert all(name.isidentifier() and note.strip() and "\n" not in note for name, note in notes.items())

@@ -64,6 +64,11 @@ class Method(nn.Module, ABC):
         """The network's encoder."""
         return self.network.backbone
 
+    @property
+    @abstractmethod
+    def output_notes(self) -> dict[str, str]:
+        """The tensors of the network's outputs in their order: a name, and what it is, in one line; for exports."""
+
     @abstractmethod
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Weighted float32 scalars by name; their sum is what training minimises.

@@ -19,6 +19,14 @@ from training.methods.generalist.decode import centroid_picture, class_picture, 
 from training.methods.generalist.loss import instance_losses, semantic_losses
 from training.methods.generalist.targets import IGNORE, instance_targets, omegas, semantic_targets
 
+_CODES = {
+    "embedding": "sin w_k x, cos w_k x, sin w_k y, cos w_k y, each for k from 0 to L - 1; x and y in -1..1, L is "
+    "`frequencies`, w_k is 2^k pi or with `half_period` half of it; zeros outside of things",
+    "direct": "x and y in 0..1, then 1 inside of things; zeros outside",
+    "classes": "logits of `cells` equal cells and one for outside of things, of x, then of y",
+}
+"""Codes of centroids by encoding, for whoever decodes them without us; see targets.encode."""
+
 
 class Generalist(Method):
     """Class logits and codes of centroids, decoded by votes."""
@@ -28,6 +36,14 @@ class Generalist(Method):
         self.config = config
         self.alternates = config.tasks == "alternate"
         self.network = Network(config, len(labels), grid)
+
+    @property
+    def output_notes(self) -> dict[str, str]:
+        """See Method."""
+        return {
+            "classes": "logits of each pixel's category, channels in the order of the labels",
+            "centroids": f"code of the centroid (x, y) of each pixel's thing: {_CODES[self.config.encoding]}",
+        }
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """See Method. With alternating tasks every third step is semantic, the others are instance."""

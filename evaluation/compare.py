@@ -170,9 +170,9 @@ def to_html(rows: Sequence[Row]) -> str:
     ids = disputed(rows)
     return page(
         "compare.html",
+        title=f"{len(rows)} runs on the same {len(rows[0].evaluated.table.image_ids)} images",
         rows=rows,
         groups=GROUPS,
-        images=len(rows[0].evaluated.table.image_ids),
         sizes=plots.sizes({row.title: row.evaluated.summary["sizes"] for row in rows}),
         categories=categories,
         pictures=draw(rows, ids),

@@ -81,7 +81,7 @@ def _done(output: Store, work: Work, item: Item) -> Row | None:
     record = f"{RECORDS}/{item.name}.json"
     try:
         row = json.loads(output.read(record)) if output.exists(record) else None
-    except TesseraError:  # a name that is no key: reading the image will say so
+    except (TesseraError, ValueError):  # a name that is no key: reading the image will say so; or a damaged record
         return None
     return row if row and row["key"] == item.key(work) and output.exists(f"{work.folder}/{item.png}") else None
 
@@ -181,7 +181,14 @@ def finish(plan: Plan, labels: LabelTable, outcomes: Sequence[Outcome]) -> Summa
 
 def _earlier(output: Store, known: set[str]) -> list[Row]:
     names = (entry.key.removeprefix(f"{RECORDS}/").removesuffix(".json") for entry in output.list(f"{RECORDS}/"))
-    return [json.loads(output.read(f"{RECORDS}/{name}.json")) for name in names if name not in known]
+    return [_record(output, f"{RECORDS}/{name}.json") for name in names if name not in known]
+
+
+def _record(output: Store, key: str) -> Row:
+    try:
+        return json.loads(output.read(key))
+    except ValueError as error:
+        raise TesseraError(f"{output.url_for(key)}: damaged ({error}); delete it and run again") from error
 
 
 def _image_ids(plan: Plan, rows: Sequence[Row]) -> list[int]:

@@ -169,7 +169,12 @@ def claim(work: Work) -> None:
     ours = {"run": f"{work.storage}/{work.run}", "input": work.source, "predictions": work.folder}
     if target.create(CLAIM, json.dumps(ours, indent=1).encode()):
         return
-    theirs = json.loads(target.read(CLAIM))
+    try:
+        theirs = json.loads(target.read(CLAIM))
+    except ValueError as error:
+        raise TesseraError(
+            f"{target.url_for(CLAIM)}: damaged ({error}); delete it to go on into this OUTPUT"
+        ) from error
     differing = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
     if differing:
         raise TesseraError(f"{target.url} holds the predictions of {', '.join(differing)}; choose another OUTPUT")

@@ -31,7 +31,7 @@ def split_url(url: str, step: str) -> tuple[str, str]:
     """(root of the storage, folder under it) of the URL of a step's output. TesseraError if it is none by its form."""
     root, _, name = open_store(url).url.rpartition(f"/{step}/")
     if not root or not name or "/" in name:
-        raise TesseraError(f"{url}: expected the URL of a finished one, <storage>/{step}/<hash>")
+        raise TesseraError(f"{url}: expected the URL of what is finished, <storage>/{step}/<hash>")
     return root, f"{step}/{name}"
 
 

@@ -162,8 +162,8 @@ def test_what_cannot_begin_is_refused_and_leaves_nothing(run, tmp_path, told):
     output = tmp_path / "out"
     refused = [
         ([run + "0", str(source), str(output)], "no finished run"),
-        (["/", str(source), str(output)], "expected the URL of a finished one"),
-        (["s3://bucket", str(source), str(output)], "expected the URL of a finished one"),
+        (["/", str(source), str(output)], "expected the URL of what is finished"),
+        (["s3://bucket", str(source), str(output)], "expected the URL of what is finished"),
         ([run, str(tmp_path / "nowhere"), str(output)], "no such file, nor a folder"),
         ([run, str(source / "x"), str(output)], "no images found; 1 files are none by their names, as 'notes.txt'"),
         ([run, str(source), str(output), "--device", "cuda:99"], "device 'cuda:99' is not to be had here"),

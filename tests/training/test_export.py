@@ -224,7 +224,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_computed(
     assert "must end in .onnx or .pt2" in refused(run, str(tmp_path / "net.pth"))
     assert "s3://bucket/key" in refused(run, "s3://net.pt2")
     assert "no finished run" in refused(run, out)
-    assert "expected the URL of a finished one" in refused("/a", out)
+    assert "expected the URL of what is finished" in refused("/a", out)
     monkeypatch.setattr("training.export.find_spec", lambda name: None if name == "onnxscript" else "there")
     said = refused(run, str(tmp_path / "net.onnx"))
     assert said.endswith("not installed: onnxscript; pip install onnx onnxscript onnxruntime")

@@ -6,6 +6,7 @@ import numpy as np
 
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
+from preprocessing.export import segments_info
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
@@ -18,10 +19,15 @@ def annotation(panoptic: PanopticMap, labels: LabelTable, image_id: int, file_na
     category that is not in `labels`. Source: COCO's format description; `isthing` is ours, for readers that
     do not have the categories at hand.
     """
+    for segment in panoptic.segments:
+        if not 0 <= segment.category < len(labels):
+            raise TesseraError(f"{file_name}: segment {segment.id} has category {segment.category} of {len(labels)}")
+    kinds = [int(labels.is_thing[segment.category]) for segment in panoptic.segments]
+    rows = zip(segments_info(panoptic, labels), kinds, strict=True)
     return {
         "image_id": int(image_id),
         "file_name": file_name,
-        "segments_info": [_segment_info(segment, labels, file_name) for segment in panoptic.segments],
+        "segments_info": [{**row, "isthing": kind} for row, kind in rows],
     }
 
 
@@ -48,17 +54,3 @@ def read_map(data: bytes, entry: dict[str, Any], labels: LabelTable) -> Panoptic
 def png(panoptic: PanopticMap) -> bytes:
     """The map's ids as an 8-bit RGB PNG. Raises TesseraError for ids that RGB cannot hold."""
     return rgb_ids.write_png(panoptic.ids)
-
-
-def _segment_info(segment: Segment, labels: LabelTable, where: str) -> dict[str, Any]:
-    if not 0 <= segment.category < len(labels):
-        raise TesseraError(f"{where}: segment {segment.id} has category {segment.category} of {len(labels)}")
-    category = labels.categories[segment.category]
-    return {
-        "id": int(segment.id),
-        "category_id": category.dataset_id,
-        "area": int(segment.area),
-        "bbox": [int(value) for value in segment.box],
-        "iscrowd": int(segment.is_crowd),
-        "isthing": int(category.is_thing),
-    }

@@ -4,9 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing.layouts import LAYOUTS
+from preprocessing import layouts
 from preprocessing.synthetic import SyntheticConfig
 from training.recipe import Recipe
 from training.recipes import RECIPES, recipe
@@ -19,12 +18,6 @@ def _known(name: str) -> str:
     return name
 
 
-def _readable(layout: str) -> str:
-    if layout not in LAYOUTS:
-        raise TesseraError(f"layout {layout!r}: there is none, there are {', '.join(LAYOUTS)}")
-    return layout
-
-
 class TrainCoco(BaseModel):
     """Parameters of train-coco."""
 
@@ -33,10 +26,10 @@ class TrainCoco(BaseModel):
     data: str = Field(
         SYNTHETIC, description="Folder of the data set, which every Ray worker can read, or 'synthetic': made here."
     )
-    layout: Annotated[str, AfterValidator(_readable)] = Field(
+    layout: Annotated[str, AfterValidator(layouts.known)] = Field(
         "coco",
         description="How the data set is laid out; see docs/data.md.",
-        json_schema_extra={"enum": [*LAYOUTS]},
+        json_schema_extra={"enum": [*layouts.LAYOUTS]},
     )
     train_split: str = Field("train2017", description="The split that is trained on.")
     val_split: str = Field("val2017", description="The split that PQ is measured on.")

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from prefect.logging.handlers import APILogHandler
 
@@ -36,8 +35,3 @@ def flow_logs() -> Iterator[None]:
     finally:
         for handler in handlers:
             ours.removeHandler(handler)
-
-
-def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
-    """Retry what may pass by itself; a TesseraError stays the same."""
-    return not isinstance(state.result(raise_on_failure=False), TesseraError)

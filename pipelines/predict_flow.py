@@ -3,22 +3,21 @@
 import logging
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from evaluation.predict_files import Summary, load_predictor, shown
 from evaluation.predict_plan import claim
 from evaluation.ray_predict import predict_plan
 from infra import ray_cluster
 from infra.errors import TesseraError
-from pipelines.logs import flow_logs, worth_a_retry
+from pipelines.logs import flow_logs
 from pipelines.predict_job import Predict
+from pipelines.steps import step
 
 log = logging.getLogger("tessera.flow")
 
 _SHOWN = 30
-_step = task(retries=2, retry_delay_seconds=5, retry_condition_fn=worth_a_retry, cache_policy=NO_CACHE)
 
 
 @flow(name="predict")
@@ -44,7 +43,7 @@ def predict(job: Predict) -> dict[str, Any]:
     }
 
 
-@_step
+@step
 def check_job(job: Predict) -> None:
     """Refuse before Ray starts what cannot be done: no such run, no images, an output that holds something else."""
     work = job.plan().work
@@ -52,7 +51,7 @@ def check_job(job: Predict) -> None:
     claim(work)
 
 
-@_step
+@step
 def predict_images(job: Predict) -> Summary:
     """All predictions; the summary is an artifact of the flow run."""
     plan = job.plan()

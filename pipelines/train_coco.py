@@ -1,13 +1,11 @@
 """The flow train-coco: annotations -> shards -> trained weights -> PQ report."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from prefect import Task, flow, task
+from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from evaluation.ray_evaluate import evaluate
 from evaluation.report import Report
@@ -15,7 +13,8 @@ from infra import ray_cluster
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.job import SYNTHETIC, TrainCoco
-from pipelines.logs import flow_logs, worth_a_retry
+from pipelines.logs import flow_logs
+from pipelines.steps import step
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, ShardSet
@@ -25,14 +24,6 @@ from training.recipe import Recipe
 from training.run import TrainedRun
 
 log = logging.getLogger("tessera.flow")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _step(function: Callable[P, R]) -> Task[P, R]:
-    """A step of the flow; done steps are known by their manifests, so Prefect caches nothing."""
-    return task(retries=2, retry_delay_seconds=5, retry_condition_fn=worth_a_retry, cache_policy=NO_CACHE)(function)
 
 
 @flow(name="train-coco")
@@ -57,13 +48,13 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
     return {"report": report.url, **report.summary}
 
 
-@_step
+@step
 def check_job(job: TrainCoco) -> None:
     """Refuse at once what would fail hours later."""
     job.check()
 
 
-@_step
+@step
 def find_data(job: TrainCoco) -> Path:
     """The data set's folder; the synthetic one is written where it is not there yet."""
     root = data_root(job)
@@ -82,7 +73,7 @@ def data_root(job: TrainCoco) -> Path:
     return write_set(Path(".tessera/data").resolve(), job.synthetic)
 
 
-@_step
+@step
 def check_recipe(chosen: Recipe) -> None:
     """Refuse now the network or the weights that training would refuse after hours of precompute."""
     report = chosen.rehearse()
@@ -90,19 +81,19 @@ def check_recipe(chosen: Recipe) -> None:
         log.info("weights %s: %s", chosen.method.backbone.weights, report)
 
 
-@_step
+@step
 def precompute_split(job: TrainCoco, root: Path, split: str, config: ShardConfig) -> ShardSet:
     """Shards of one split."""
     return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
 
 
-@_step
+@step
 def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet) -> TrainedRun:
     """Weights."""
     return run_training(chosen, train_set, job.storage, job.workers, job.gpus)
 
 
-@_step
+@step
 def evaluate_run(job: TrainCoco, chosen: Recipe, run: TrainedRun, val_set: ShardSet) -> Report:
     """PQ, predictions and the report; its headline is an artifact of the flow run."""
     report = evaluate(chosen, run, val_set, job.storage, job.gpus)

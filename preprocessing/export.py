@@ -69,10 +69,10 @@ def segments_info(truth: PanopticMap, labels: LabelTable) -> list[dict[str, Any]
     """The rows of COCO's panoptic JSON: the data set's own category ids, plain ints, areas and boxes as counted."""
     return [
         {
-            "id": segment.id,
+            "id": int(segment.id),
             "category_id": labels.categories[segment.category].dataset_id,
-            "area": segment.area,
-            "bbox": list(segment.box),
+            "area": int(segment.area),
+            "bbox": [int(value) for value in segment.box],
             "iscrowd": int(segment.is_crowd),
         }
         for segment in truth.segments

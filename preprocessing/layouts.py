@@ -17,8 +17,13 @@ LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
 """Name -> how a split of a folder is indexed; each function's docstring says what it expects to find."""
 
 
-def read_index(root: str | Path, split: str, layout: str = "coco") -> Index:
-    """Index one split of the data set at `root`. TesseraError for an unknown layout and as the layout raises it."""
+def known(layout: str) -> str:
+    """The layout's name; TesseraError listing all if there is none of that name."""
     if layout not in LAYOUTS:
         raise TesseraError(f"layout {layout!r}: there is none, there are {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout](root, split)
+    return layout
+
+
+def read_index(root: str | Path, split: str, layout: str = "coco") -> Index:
+    """Index one split of the data set at `root`. TesseraError for an unknown layout and as the layout raises it."""
+    return LAYOUTS[known(layout)](root, split)

@@ -89,7 +89,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
     for samples in load_samples(job.store_url, job.shard):
-        outputs = method.predict(method.inputs([sample.image for sample in samples]))
+        outputs = method.predict(method.inputs([decode_image(sample.image) for sample in samples]))
         predictions = method.decode(outputs, [sample.panoptic.size for sample in samples])
         for sample, prediction in zip(samples, predictions, strict=True):
             score = measure_image(sample.panoptic, prediction, job.labels, f"image {sample.image_id}")
@@ -155,7 +155,7 @@ def _cached_method(recipe: Recipe, labels: LabelTable, store_url: str, run: str)
 
 def _pictures(method: Method, sample: Sample) -> dict[str, str]:
     image_HW3, size = decode_image(sample.image), sample.panoptic.size
-    outputs = method.predict(method.inputs([sample.image]))
+    outputs = method.predict(method.inputs([image_HW3]))
     (prediction,) = method.decode(outputs, [size])
     pictures: dict[str, Picture] = {"image": image_HW3}
     pictures["ground truth"] = panoptic_overlay(image_HW3, sample.panoptic, method.labels)

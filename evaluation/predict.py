@@ -1,7 +1,6 @@
 """A finished run at work on anybody's pictures: no shards, no Ray, no Prefect."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,7 +83,7 @@ class Predictor:
     def batch(self, images: Sequence[UserImage]) -> list[Prediction]:
         """One pass of the network over all of them. Raises TesseraError where the network's output is not finite."""
         sizes = [(image.rgb_HW3.shape[0], image.rgb_HW3.shape[1]) for image in images]
-        maps = self.method.segment(self.method.inputs([_ppm(image.rgb_HW3) for image in images]), sizes)
+        maps = self.method.segment(self.method.inputs([image.rgb_HW3 for image in images]), sizes)
         return [
             Prediction(
                 image.rgb_HW3, panoptic, self.labels, image.notes, "" if panoptic.segments else self._why_empty(image)
@@ -99,7 +98,7 @@ class Predictor:
         candidates for tuning.
         """
         height, width = image.rgb_HW3.shape[:2]
-        outputs = self.method.predict(self.method.inputs([_ppm(image.rgb_HW3)]))
+        outputs = self.method.predict(self.method.inputs([image.rgb_HW3]))
         config, decode = self.method.config, self.method.config.decode
         used = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(decode).items())
         finds = []
@@ -129,10 +128,3 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise TesseraError(f"device {name!r} is not to be had here ({reason}); 'cpu' always is") from error
     return device
-
-
-def _ppm(rgb_HW3: Picture) -> bytes:
-    """A file that decodes to just these pixels, written and read at the speed of memory; Method.inputs takes files."""
-    buffer = io.BytesIO()
-    Image.fromarray(rgb_HW3).save(buffer, "PPM")
-    return buffer.getvalue()

@@ -62,7 +62,7 @@ def make_sample(record: Record, labels: LabelTable, grid: Size | None, radius: i
     assert found.picture is not None
     image = found.data
     if grid is not None and found.truth.size != grid:
-        image = _to_jpeg(_rgb(found.picture, grid))
+        image = _to_jpeg(to_rgb(found.picture, grid))
     labels_HW, segments = _on_grid(found.truth, grid or found.truth.size)
     return Sample(
         record.image_id,
@@ -115,10 +115,11 @@ def decode_image(data: bytes, grid: Size | None = None) -> NDArray[np.uint8]:
     EXIF rotation is ignored, as COCO's annotations do.
     """
     with Image.open(io.BytesIO(data)) as image:
-        return _rgb(image, grid)
+        return to_rgb(image, grid)
 
 
-def _rgb(image: Image.Image, grid: Size | None) -> NDArray[np.uint8]:
+def to_rgb(image: Image.Image, grid: Size | None) -> NDArray[np.uint8]:
+    """A decoded image -> uint8 RGB (H, W, 3), squashed to `grid` if given."""
     rgb = image.convert("RGB")
     if grid is not None and (rgb.height, rgb.width) != grid:
         rgb = rgb.resize((grid[1], grid[0]), Image.Resampling.BICUBIC)

@@ -21,6 +21,7 @@ from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.predict import main
 from preprocessing.labels import LabelTable
+from preprocessing.sample import decode_image
 from tests.support.finished_run import finished_run
 from tests.support.odd_images import encoded, readable, rotated_jpeg, scene, unreadable, write
 from training.run import open_run
@@ -78,7 +79,7 @@ def test_three_lines_of_python(run):
 
 def test_a_plain_picture_is_seen_as_evaluation_sees_it(run):
     data, method = readable()["plain.jpg"], predictor_of(run).method
-    expected = method.segment(method.inputs([data]), [(30, 40)])[0]
+    expected = method.segment(method.inputs([decode_image(data)]), [(30, 40)])[0]
     assert expected.segments
     found = predictor_of(run)(data).panoptic
     np.testing.assert_array_equal(found.ids, expected.ids)

@@ -10,6 +10,7 @@ from evaluation.evaluate import load_samples
 from evaluation.pq import PQStats, compare, summarise
 from infra.store import open_store
 from preprocessing.coco import read_index
+from preprocessing.sample import decode_image
 from preprocessing.shards import ShardConfig, ShardSet
 from tests.support.shard_sets import make_set
 from training.batch import Example, collate
@@ -49,7 +50,7 @@ def pq(method: Method, url: str, own_size: ShardSet, on_grid: ShardSet | None) -
     (samples,), (gridded,) = (list(load_samples(url, s.shards[0])) for s in (own_size, on_grid or own_size))
     for truth, sample in zip(samples, gridded, strict=True):
         if on_grid is None:
-            outputs = method.predict(method.inputs([sample.image]))
+            outputs = method.predict(method.inputs([decode_image(sample.image)]))
         else:
             outputs = method.ideal(collate([Example.of("", sample)]))
         (predicted,) = method.decode(outputs, [truth.panoptic.size])

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture
-from preprocessing.sample import decode_image
+from preprocessing.sample import to_rgb
 from training.backbones.base import Backbone
 from training.backbones.weights import LoadReport
 from training.batch import Batch
@@ -88,9 +89,9 @@ class Method(nn.Module, ABC):
     def ideal(self, batch: Batch) -> Outputs:
         """What a perfect network would say of a batch; decoding it bounds what the method can reach."""
 
-    def inputs(self, images: Sequence[bytes]) -> Tensor:
-        """Image files -> uint8 (B, 3, H, W) on the grid and on the method's device."""
-        images_BHW3 = torch.from_numpy(np.stack([decode_image(image, self.grid) for image in images]))
+    def inputs(self, pictures: Sequence[Picture]) -> Tensor:
+        """Decoded images of any size -> uint8 (B, 3, H, W) on the grid and on the method's device."""
+        images_BHW3 = torch.from_numpy(np.stack([to_rgb(Image.fromarray(picture), self.grid) for picture in pictures]))
         return images_BHW3.to(next(self.parameters()).device).permute(0, 3, 1, 2).contiguous()
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ from torch import Tensor
 from evaluation.pq import PQStats, compare, summarise
 from infra.store import open_store
 from preprocessing.coco import read_index
-from preprocessing.geometry import Size, resize_labels
+from preprocessing.geometry import Frame, Size, resize_labels
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.sample import decode_image, from_fields, make_sample
@@ -43,6 +43,7 @@ from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.methods.generalist.decode import decode
 from training.methods.generalist.model import Generalist
 from training.methods.generalist.targets import embed, embed_xy, omegas
+from training.parts.assemble import Assembly
 from training.recipes import recipe
 from training.run import load_method
 
@@ -70,7 +71,8 @@ def ours(
     logits_CHW: Tensor, embedding_EHW: Tensor, size: Size, labels: LabelTable, config: GeneralistConfig
 ) -> PanopticMap:
     """Our decoding of one image."""
-    return decode(logits_CHW[None], embedding_EHW[None], [size], labels, config)[0]
+    assembly = Assembly(labels, min_stuff_area=config.decode.min_stuff_area)
+    return decode(logits_CHW[None], embedding_EHW[None], [size], assembly, config)[0]
 
 
 def painters(
@@ -156,7 +158,7 @@ def ideal_outputs(
 ) -> Iterator[Output]:
     """What a perfect network says of the images on the grid."""
     tiny = VitConfig(patch=1, width=8, depth=4, heads=1, layers=(1, 2, 3, 4))  # never run
-    method = Generalist(replace(config, backbone=tiny, decoder_widths=(1,) * 5), labels, (1, 1))
+    method = Generalist(replace(config, backbone=tiny, decoder_widths=(1,) * 5), labels, Frame(size=(1, 1)))
     for record in records:
         sample = make_sample(record, labels, grid, 1)
         logits_BCHW, codes_BXHW = method.ideal(collate([Example.of("", sample)]))

@@ -25,9 +25,10 @@ from benchmarks.bars import bar, finish
 from benchmarks.model_size import COCO
 from preprocessing.panoptic_map import PanopticMap
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
-from training.methods.generalist.decode import decode, decode_on_device
+from training.methods.generalist.decode import cast_votes_on_host, decode, decode_on_device
 from training.methods.generalist.targets import embed, embed_xy, omegas
-from training.methods.generalist.votes import FIXED, cast_votes_on_host
+from training.parts.assemble import Assembly
+from training.parts.nearest_codes import FIXED
 
 SIZE, RESIZED, ROUNDS, CHUNK, BATCH, INSTANCES = (420, 420), (480, 640), 6, 8192, 16, 20
 CONFIG = GeneralistConfig(decode=DecodeConfig(reach=12))
@@ -110,7 +111,7 @@ def whole_decode(name: str, path: Callable[..., list[PanopticMap]], images: int,
     seconds = []
     for _ in range(4):  # the first compiles
         start = time.perf_counter()
-        path(logits_BCHW, embedding_BEHW, [RESIZED] * images, COCO, CONFIG)
+        path(logits_BCHW, embedding_BEHW, [RESIZED] * images, Assembly(COCO), CONFIG)
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:]) / images
     print(f"decode {name}, batches of {images}: {1000 * best:.2f} ms/image, {1 / best:.0f} images/s", flush=True)

@@ -1,5 +1,6 @@
-"""Pixel grids: resizing and the centroid coordinates u, v."""
+"""Pixel grids: how images and label maps come onto them."""
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -8,6 +9,27 @@ from numpy.typing import NDArray
 T = TypeVar("T", bound=np.generic)
 Size = tuple[int, int]
 """Height, width in pixels."""
+PADDING = (124, 116, 104)
+"""RGB of pixels outside of an image: ImageNet's mean, nearly 0 to a network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How an image of any size comes onto the grid that a network sees."""
+
+    size: Size
+    """Of the grid."""
+    keep_aspect: bool = False
+    """False: squashed to the whole grid, as G does. True: scaled until one side fits, at the upper left; the rest of
+    the grid is padding, which belongs to no segment."""
+
+    def inner(self, image: Size) -> Size:
+        """The part of the grid, from its upper left, that an image of this (height, width) fills."""
+        if not self.keep_aspect:
+            return self.size
+        share = min(self.size[0] / image[0], self.size[1] / image[1])
+        height, width = (min(most, max(1, round(share * side))) for side, most in zip(image, self.size, strict=True))
+        return height, width
 
 
 def resize_labels(labels_HW: NDArray[T], size: Size) -> NDArray[T]:

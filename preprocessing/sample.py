@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing.geometry import Size, resize_labels
+from preprocessing.geometry import PADDING, Frame, Size, resize_labels
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
@@ -124,6 +124,16 @@ def to_rgb(image: Image.Image, grid: Size | None) -> NDArray[np.uint8]:
     if grid is not None and (rgb.height, rgb.width) != grid:
         rgb = rgb.resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
     return np.asarray(rgb)
+
+
+def framed_image(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:
+    """A decoded image -> uint8 RGB on the frame's grid."""
+    inner_HW3 = to_rgb(image, frame.inner((image.height, image.width)))
+    if inner_HW3.shape[:2] == frame.size:
+        return inner_HW3
+    framed_HW3 = np.full((*frame.size, 3), PADDING, np.uint8)
+    framed_HW3[: inner_HW3.shape[0], : inner_HW3.shape[1]] = inner_HW3
+    return framed_HW3
 
 
 def to_fields(sample: Sample) -> dict[str, bytes]:

@@ -79,7 +79,8 @@ def test_methods_loop_and_pq_load_neither_ray_nor_prefect():
 
 @pytest.mark.parametrize("folder", METHODS, ids=lambda folder: folder.name)
 def test_a_method_has_its_things_where_the_others_have_theirs(folder: Path):
-    assert {"config.py", "targets.py", "model.py", "loss.py", "decode.py"} <= {path.name for path in folder.iterdir()}
+    files = {"__init__.py", "config.py", "targets.py", "model.py", "loss.py", "decode.py"}
+    assert files == {path.name for path in folder.glob("*.py")}
 
 
 @every_file

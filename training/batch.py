@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra.errors import TesseraError
 from preprocessing.panoptic_map import Segment
 from preprocessing.sample import Sample, decode_image
+
+VOID = -1
+"""Category of pixels that belong to no segment."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Batch:
     """B samples of one grid (H, W); tables are padded to N rows, row 0 is void.
 
     A pixel's label indexes its sample's rows, so any per-segment value becomes a per-pixel map by one
-    gather. Padding and void rows: category -1, flags false, area 0, centroid 0.
+    gather. Padding and void rows: category VOID, flags false, area 0, centroid 0.
     """
 
     keys: tuple[str, ...]
@@ -27,10 +29,9 @@ class Batch:
     """uint8 RGB, in channels-last memory, as it was decoded."""
     labels_BHW: Tensor
     """uint8, or int32 where a sample has more than 255 segments; 0 = void."""
-    semantic_d2_BHW: Tensor
-    """int16, squared pixels to the nearest boundary between categories, clipped."""
-    instance_d2_BHW: Tensor
-    """int16, the same for the borders of things."""
+    d2_BH2W: Tensor | None
+    """int16, squared pixels to the nearest boundary between categories, and to the nearest border of a thing, clipped;
+    None where the method reads no distances (MethodConfig.distance_radius)."""
     category_BN: Tensor
     """int64, contiguous id."""
     thing_BN: Tensor
@@ -42,6 +43,15 @@ class Batch:
     centroid_BN2: Tensor
     """float32, x and y in [-1, 1]: -1 and 1 are the outer edges of the image's border pixels."""
 
+    @property
+    def classes_BHW(self) -> Tensor:
+        """int64 contiguous ids, VOID where there is none."""
+        return self.to_pixels(self.category_BN)
+
+    def to_pixels(self, rows_BN: Tensor) -> Tensor:
+        """A value per segment -> a value per pixel, (B, H, W)."""
+        return rows_BN.gather(1, self.labels_BHW.long().flatten(1)).view(self.labels_BHW.shape)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -51,7 +61,8 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "keys"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if t is not None}
         return replace(self, **changed)
 
 
@@ -63,23 +74,21 @@ class Example:
     image_HW3: np.ndarray
     """uint8 RGB."""
     labels_HW: np.ndarray
-    d2_H2W: np.ndarray
-    """int16: squared distances of the semantic and of the instance task."""
+    d2_H2W: np.ndarray | None
+    """int16: squared distances of the semantic and of the instance task, where they are wanted."""
     segments: tuple[Segment, ...]
 
     @classmethod
     def of(cls, key: str, sample: Sample) -> "Example":
-        """A sample with its image decoded. Raises what `decode_image` does; TesseraError if it has no distances."""
-        if sample.d2 is None:
-            raise TesseraError(f"image {sample.image_id}: its shard was made for evaluation and has no distances")
+        """A sample with its image decoded. Raises what `decode_image` does."""
         return cls(key, decode_image(sample.image), sample.labels, sample.d2, sample.segments)
 
     def flipped(self) -> "Example":
         """Mirrored left to right; stored targets stay exact."""
         width = self.labels_HW.shape[1]
         mirrored = tuple(_mirrored(segment, width) for segment in self.segments)
-        image_HW3, labels_HW, d2_H2W = self.image_HW3[:, ::-1], self.labels_HW[:, ::-1], self.d2_H2W[..., ::-1]
-        return Example(self.key, image_HW3, labels_HW, d2_H2W, mirrored)
+        d2_H2W = None if self.d2_H2W is None else self.d2_H2W[..., ::-1]
+        return Example(self.key, self.image_HW3[:, ::-1], self.labels_HW[:, ::-1], d2_H2W, mirrored)
 
 
 def _mirrored(segment: Segment, width: int) -> Segment:
@@ -92,7 +101,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Stack examples of one grid. `Segment.box` is not carried: no loss here wants it."""
     rows = 1 + max(len(e.segments) for e in examples)
     shape = (len(examples), rows)
-    category, area = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+    category, area = np.full(shape, VOID, np.int64), np.zeros(shape, np.float32)
     thing, crowd = np.zeros(shape, bool), np.zeros(shape, bool)
     centroid = np.zeros((*shape, 2), np.float32)
     for b, example in enumerate(examples):
@@ -104,23 +113,22 @@ def collate(examples: Sequence[Example]) -> Batch:
                 x, y = s.centroid
                 centroid[b, s.id] = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
 
-    def stack(name: str, dtype: type) -> Tensor:
-        maps = [getattr(e, name) for e in examples]
-        stacked = np.empty((len(maps), *maps[0].shape), dtype)
-        for b, one in enumerate(maps):  # row by row: np.stack is thrice as slow on mirrored views
-            stacked[b] = one
-        return torch.from_numpy(stacked)
-
-    d2_BH2W = stack("d2_H2W", np.int16)
+    d2 = [e.d2_H2W for e in examples if e.d2_H2W is not None]
     return Batch(
         keys=tuple(e.key for e in examples),
-        images_B3HW=stack("image_HW3", np.uint8).permute(0, 3, 1, 2),
-        labels_BHW=stack("labels_HW", np.uint8 if rows <= 256 else np.int32),
-        semantic_d2_BHW=d2_BH2W[:, :, 0],
-        instance_d2_BHW=d2_BH2W[:, :, 1],
+        images_B3HW=_stack([e.image_HW3 for e in examples], np.uint8).permute(0, 3, 1, 2),
+        labels_BHW=_stack([e.labels_HW for e in examples], np.uint8 if rows <= 256 else np.int32),
+        d2_BH2W=_stack(d2, np.int16) if len(d2) == len(examples) else None,
         category_BN=torch.from_numpy(category),
         thing_BN=torch.from_numpy(thing),
         crowd_BN=torch.from_numpy(crowd),
         area_BN=torch.from_numpy(area),
         centroid_BN2=torch.from_numpy(centroid),
     )
+
+
+def _stack(maps: Sequence[np.ndarray], dtype: type) -> Tensor:
+    stacked = np.empty((len(maps), *maps[0].shape), dtype)
+    for b, one in enumerate(maps):  # row by row: np.stack is thrice as slow on mirrored views
+        stacked[b] = one
+    return torch.from_numpy(stacked)

@@ -21,6 +21,7 @@ from infra.store import open_store
 from preprocessing.sample import from_fields
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardSet
+from training.augment import Crop
 from training.batch import Batch, Example, collate
 
 
@@ -33,6 +34,8 @@ class ReaderConfig:
     """Samples in a reader's shuffle buffer."""
     flip: bool = True
     """Mirror half of the samples left to right, at random."""
+    crop: Crop | None = None
+    """Scale and cut each image at random; None: images as they lie in the shards."""
     workers: int = 0
     """Reader processes per training worker; 0 reads in the training process."""
 

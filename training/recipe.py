@@ -4,12 +4,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
 from infra import artifacts
 from infra.errors import TesseraError
+from preprocessing.geometry import Frame, Size
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import ShardConfig
 from training.backbones import build_backbone
@@ -31,9 +32,11 @@ class TrainConfig:
     epochs: float
     """Passes over the train split."""
     lr: float
-    """Peak learning rate (AdamW), of everything but the backbone's lower layers."""
+    """Peak learning rate (AdamW; Adam where weight_decay is 0), of everything but the backbone's lower layers."""
     warmup_epochs: float = 0.0
     """Epochs of the linear warm-up; less than all."""
+    decay: Literal["cosine", "poly"] = "cosine"
+    """How the rate falls to 0: by a half cosine, or as (1 - share of the steps)^0.9, DeepLab's."""
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     """Each layer of the backbone learns at this share of the rate of the layer above; 1: all alike."""
@@ -67,9 +70,10 @@ class TrainConfig:
         return max(1, round(self.epochs * samples / self.batch))
 
     def lr_share(self, step: int, steps: int) -> float:
-        """Share of the peak rate at a step: linear warm-up, then cosine to 0; a function of the step alone."""
-        warmup = max(1, round(self.warmup_epochs / self.epochs * steps))
-        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        """Share of the peak rate at a step: linear warm-up times `decay`; a function of the step alone."""
+        warmup, done = max(1, round(self.warmup_epochs / self.epochs * steps)), step / steps
+        left = (1 - done) ** 0.9 if self.decay == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+        return min(1.0, (step + 1) / warmup) * left
 
     def split_batch(self, workers: int) -> tuple[int, int]:
         """(images per worker and forward pass, passes per step). TesseraError if it cannot be exact."""
@@ -89,11 +93,15 @@ class Recipe:
     shards: ShardConfig
     train: TrainConfig
     reader: ReaderConfig = field(default_factory=ReaderConfig)
+    frame: Frame | None = None
+    """How images come onto the network's grid in evaluation; None: squashed to the train shards' grid."""
 
     def __post_init__(self) -> None:
-        if self.shards.grid is None:
-            raise TesseraError(f"recipe {self.name}: training needs shards of one grid")
-        if self.method.distance_radius > self.shards.radius:
+        if self.shards.grid is None and self.reader.crop is None:
+            raise TesseraError(f"recipe {self.name}: training needs shards of one grid, or a crop of all images")
+        if self.shards.grid is None and self.frame is None:
+            raise TesseraError(f"recipe {self.name}: shards of the images' own sizes say no frame for evaluation")
+        if self.reader.crop is None and self.method.distance_radius > self.shards.radius:
             raise TesseraError(
                 f"recipe {self.name}: the method needs distances up to {self.method.distance_radius:g} px, the "
                 f"shards are exact up to {self.shards.radius}"
@@ -127,26 +135,41 @@ class Recipe:
         warmup = self.train.warmup_epochs * epochs / self.train.epochs
         return dataclasses.replace(self, train=dataclasses.replace(self.train, epochs=epochs, warmup_epochs=warmup))
 
+    @property
+    def evaluated(self) -> Frame:
+        """How images come onto the network's grid in evaluation."""
+        if self.frame is not None:
+            return self.frame
+        assert self.shards.grid is not None  # checked above
+        return Frame(size=self.shards.grid)
+
+    @property
+    def trained(self) -> Size:
+        """Height, width of the images that the network sees in training."""
+        size = self.reader.crop.size if self.reader.crop is not None else self.shards.grid
+        assert size is not None  # checked above
+        return size
+
     def build(self, labels: LabelTable) -> Method:
         """A method with fresh weights."""
-        assert self.shards.grid is not None  # checked above
-        return METHODS[type(self.method)](self.method, labels, self.shards.grid)
+        return METHODS[type(self.method)](self.method, labels, self.evaluated)
 
     def rehearse(self) -> LoadReport | None:
         """Run the network once without computing, and load the backbone's published weights to see what they fill.
 
         None if it has none. Raises TesseraError for what training would only meet after precompute.
         """
-        assert self.shards.grid is not None  # checked above
         two = LabelTable(tuple(Category(i, str(i), i == 1, (0, 0, 0)) for i in (1, 2)))
         try:
             with torch.device("meta"):
-                self.build(two).network(torch.zeros(2, 3, *self.shards.grid))
+                network = self.build(two).network
+                for size in {self.trained, self.evaluated.size}:
+                    network(torch.zeros(2, 3, *size))
         except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
             raise TesseraError(f"recipe {self.name}: its network cannot be built: {error}") from error
         if self.method.backbone.weights is None:
             return None
-        return build_backbone(self.method.backbone, self.shards.grid).load_pretrained()
+        return build_backbone(self.method.backbone, self.evaluated.size).load_pretrained()
 
     def run_path(self, train_set: str) -> str:
         """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor of its path.

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.batch import Batch
-from training.methods.generalist.targets import IGNORE, InstanceTargets, SemanticTargets
+from training.batch import VOID, Batch
+from training.methods.generalist.targets import InstanceTargets, SemanticTargets
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
@@ -25,7 +25,7 @@ def classes(logits: Tensor, targets: SemanticTargets) -> float:
     total = 0.0
     for b, y, x in np.ndindex(weight_BHW.shape):
         category = int(targets.classes_BHW[b, y, x])
-        if category != IGNORE:
+        if category != VOID:
             total -= weight_BHW[b, y, x] * math.log(_softmax(logits_BCHW[b, :, y, x])[category])
     return total / weight_BHW.size
 

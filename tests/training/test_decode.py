@@ -9,32 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import TesseraError
-from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, measured
 from preprocessing.synthetic import CATEGORIES
-from tests.support.examples import BOX, DISK, FIELD, SKY, table
+from tests.support.examples import BOX, SKY
+from tests.training.test_assemble import same_maps
 from tests.training.test_votes import SIZE, config_of, on_host
 from training.methods.generalist import decode as decoding
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.methods.generalist.decode import (
-    assemble,
-    assemble_on_device,
+    cast_votes,
+    cast_votes_on_host,
+    cells_of,
     centroid_picture,
     decode,
     decode_on_device,
     decode_on_host,
     group_votes,
-)
-from training.methods.generalist.targets import embed_xy, omegas
-from training.methods.generalist.votes import (
-    FIXED,
-    NO_INSTANCE,
-    cast_votes,
-    cast_votes_on_host,
-    cells_of,
     sum_cells,
     sum_cells_on_device,
 )
+from training.methods.generalist.targets import embed_xy, omegas
+from training.parts.assemble import NO_INSTANCE, Assembly
+from training.parts.nearest_codes import FIXED
+
+ASSEMBLY = Assembly(CATEGORIES)
 
 
 def votes_for(*regions: tuple[np.ndarray, tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,97 +119,6 @@ def test_instances_are_numbered_regions_of_the_mask(seed, size, grid, reach, spl
     assert np.array_equal(group_votes(votes_2HW.copy(), inside_HW.copy(), config), found_HW)
 
 
-def put_together(instances, classes, size=None, **options) -> PanopticMap:
-    instances_HW, classes_HW = np.array(instances, np.int32), np.array(classes, np.int32)
-    return assemble(instances_HW, classes_HW, size or instances_HW.shape, CATEGORIES, DecodeConfig(**options))
-
-
-def test_an_instance_has_its_most_frequent_thing_class():
-    found = put_together([[0, 0, 0, 0, 0, 0]], [[SKY, SKY, SKY, BOX, BOX, DISK]])
-    assert [(s.category, s.is_thing, s.area) for s in found.segments] == [(BOX, True, 6)]
-
-
-def test_pixels_are_void_where_the_heads_disagree():
-    """An instance of stuff pixels only, and thing pixels outside of all instances."""
-    found = put_together([[0, 0, -1, -1], [1, 1, -1, -1]], [[SKY, SKY, BOX, FIELD], [BOX, SKY, DISK, FIELD]])
-    categories = {s.id: s.category for s in found.segments}
-    named = [[categories.get(i) for i in row] for row in found.ids]
-    assert named == [[None, None, None, FIELD], [BOX, BOX, None, FIELD]]
-
-
-@pytest.mark.parametrize(("least", "kept"), [(2 / 12, {SKY, FIELD}), (3 / 12, {FIELD}), (11 / 12, set())])
-def test_small_stuff_is_void_and_not_listed(least: float, kept: set[int]):
-    found = put_together(np.full((1, 12), -1), [[SKY] * 2 + [FIELD] * 10], min_stuff_area=least)
-    assert {s.category for s in found.segments} == kept
-    assert (found.ids == 0).sum() == sum({SKY: 2, FIELD: 10}[c] for c in {SKY, FIELD} - kept)
-
-
-def test_small_things_are_no_matter_of_the_stuff_limit():
-    found = put_together([[0, *[-1] * 11]], [[BOX, *[SKY] * 11]], min_stuff_area=0.5)
-    assert {s.category for s in found.segments} == {BOX, SKY}
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**32 - 1),
-    st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    st.tuples(st.integers(1, 15), st.integers(1, 15)),
-    st.floats(0, 0.5),
-)
-def test_the_table_says_what_the_pixels_say(seed, size, wanted, least):
-    rng = np.random.default_rng(seed)
-    names = np.arange(-1, rng.integers(0, 5))
-    instances_HW = np.unique(rng.choice(names, size), return_inverse=True)[1].reshape(size) - 1
-    found = put_together(instances_HW, rng.integers(0, len(CATEGORIES), size), wanted, min_stuff_area=least)
-    assert found.size == wanted
-    assert {s.id for s in found.segments} == {*np.unique(found.ids)} - {0}
-    dense_HW = np.zeros(wanted, np.uint16)
-    for i, segment in enumerate(found.segments, start=1):
-        dense_HW[found.ids == segment.id] = i
-    assert [replace(s, id=f.id) for s, f in zip(measured(dense_HW, found.segments), found.segments, strict=True)] == [
-        *found.segments
-    ]
-    stuff = [s.category for s in found.segments if not s.is_thing]
-    assert len(stuff) == len(set(stuff))
-    assert all(CATEGORIES.is_thing[s.category] == s.is_thing for s in found.segments)
-
-
-def reference_map(instances_HW, classes_HW, labels: LabelTable) -> list[list[tuple]]:
-    """By pixel: the instance and its category, the stuff category, or void."""
-    result = [[()] * instances_HW.shape[1] for _ in instances_HW]
-    for y, x in np.ndindex(instances_HW.shape):
-        members = classes_HW[instances_HW == instances_HW[y, x]].tolist()
-        things = [c for c in members if labels.is_thing[c]]
-        if instances_HW[y, x] != NO_INSTANCE and things:
-            result[y][x] = ("thing", instances_HW[y, x], max(sorted(set(things)), key=things.count))
-        elif instances_HW[y, x] == NO_INSTANCE and not labels.is_thing[classes_HW[y, x]]:
-            result[y][x] = ("stuff", classes_HW[y, x])
-    return result
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_pixels_are_their_instances_or_else_their_stuff(seed, size):
-    rng = np.random.default_rng(seed)
-    instances_HW = np.unique(rng.integers(-1, 4, size), return_inverse=True)[1].reshape(size) - 1
-    classes_HW = rng.integers(0, len(CATEGORIES), size)
-    found = put_together(instances_HW, classes_HW)
-    category = {s.id: s.category for s in found.segments}
-    expected = reference_map(instances_HW, classes_HW, CATEGORIES)
-    names: dict[int, tuple] = {}
-    for y, x in np.ndindex(size):
-        name, label = expected[y][x], int(found.ids[y, x])
-        assert (label == 0) == (name == ())
-        assert names.setdefault(label, name) == name
-        assert label == 0 or category[label] == name[-1]
-    assert len(set(names.values())) == len(names)
-
-
-def same_maps(ones: list[PanopticMap], others: list[PanopticMap]) -> bool:
-    pairs = zip(ones, others, strict=True)
-    return all(np.array_equal(one.ids, other.ids) and one.segments == other.segments for one, other in pairs)
-
-
 def logits_of(classes_BHW: torch.Tensor, categories: int = len(CATEGORIES)) -> torch.Tensor:
     return torch.nn.functional.one_hot(classes_BHW, categories).permute(0, 3, 1, 2).float()
 
@@ -250,7 +156,7 @@ def test_both_paths_give_the_same_maps(kind: str, grid: int, images: int, half: 
     logits_BCHW, embedding_BEHW, config = drawn(kind, images, grid)
     if half:
         logits_BCHW, embedding_BEHW = logits_BCHW.bfloat16(), embedding_BEHW.bfloat16()
-    arguments = logits_BCHW, embedding_BEHW, sizes_of(images), CATEGORIES, config
+    arguments = logits_BCHW, embedding_BEHW, sizes_of(images), ASSEMBLY, config
     ones = decode(*arguments)
     assert [one.size for one in ones] == sizes_of(images)
     assert same_maps(ones, decode_on_device(*arguments))
@@ -262,10 +168,11 @@ def test_both_paths_give_the_same_maps(kind: str, grid: int, images: int, half: 
 def test_both_paths_give_the_same_maps_of_the_same_votes(kind: str, grid: int, images: int, monkeypatch):
     """All that comes after the votes, which may differ by 1 where they lie between two integers."""
     logits_BCHW, embedding_BEHW, config = drawn(kind, images, grid)
-    config = replace(config, decode=replace(config.decode, min_area=0.002, min_stuff_area=0.05))
+    config = replace(config, decode=replace(config.decode, min_area=0.002))
     votes = [on_host(embedding_EHW, config) for embedding_EHW in embedding_BEHW]
     monkeypatch.setattr(decoding, "cast_votes", lambda *_: [torch.stack(parts) for parts in zip(*votes, strict=True)])
-    arguments = logits_BCHW, embedding_BEHW, sizes_of(images), CATEGORIES, config
+    assembly = Assembly(CATEGORIES, min_stuff_area=0.05)
+    arguments = logits_BCHW, embedding_BEHW, sizes_of(images), assembly, config
     assert same_maps(decode_on_host(*arguments), decode_on_device(*arguments))
 
 
@@ -288,7 +195,7 @@ def test_sums_of_cells_are_exact_on_both_paths(grid: int):
 def test_the_torch_path_is_the_same_in_pieces(monkeypatch):
     _, embedding_BEHW, config = drawn("random", 3, 80)
     whole = cast_votes(embedding_BEHW, config)
-    monkeypatch.setattr("training.methods.generalist.votes._CHUNK_BYTES", 80 * 4 * 3 * 100)
+    monkeypatch.setattr("training.methods.generalist.decode._CHUNK_BYTES", 80 * 4 * 3 * 100)
     pieces = cast_votes(embedding_BEHW, config)
     assert ((whole[0] - pieces[0]).abs() <= 1).all()
     assert torch.equal(whole[1], pieces[1])
@@ -308,33 +215,18 @@ def test_the_votes_need_float32_whatever_is_switched_on():
     assert all(torch.equal(one, other) for one, other in zip(plain, within, strict=True))
 
 
-def test_more_segments_than_int16_has_room_for():
-    labels, things = table(2, 1), np.arange(200 * 200, dtype=np.int32).reshape(200, 200)
-    one = assemble(things, np.zeros((200, 200), np.int32), (200, 200), labels, DecodeConfig())
-    tensors = torch.from_numpy(things)[None], torch.zeros(1, 200, 200, dtype=torch.int64)
-    assert len(one.segments) == 40_000
-    assert same_maps([one], assemble_on_device(*tensors, [(200, 200)], labels, DecodeConfig()))
-
-
-def test_more_segments_than_uint16_has_room_for_are_refused():
-    things = np.arange(256 * 257, dtype=np.int32).reshape(256, 257)
-    with pytest.raises(TesseraError, match="65792 segments"):
-        assemble(things, np.zeros(things.shape, np.int32), things.shape, table(1, 1), DecodeConfig())
-
-
-@pytest.mark.parametrize("path", [decode_on_host, decode_on_device])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", [0, 1])
-def test_outputs_that_are_not_finite_are_refused_by_their_place(which: int, value: float, path):
+def test_outputs_that_are_not_finite_are_refused_by_their_place(which: int, value: float):
     *outputs, config = drawn("ideal", 5, 20)
     outputs[which][3, -1, 2, 5] = value
     with pytest.raises(TesseraError, match="decode: image 3 of the batch: the network's output is not finite"):
-        path(*outputs, [(24, 30)] * 5, CATEGORIES, config)
+        decode(*outputs, [(24, 30)] * 5, ASSEMBLY, config)
 
 
 def test_no_image_is_no_map():
     config = GeneralistConfig()
-    assert decode(torch.zeros(0, 5, 8, 8), torch.zeros(0, 16, 8, 8), [], CATEGORIES, config) == []
+    assert decode(torch.zeros(0, 5, 8, 8), torch.zeros(0, 16, 8, 8), [], ASSEMBLY, config) == []
 
 
 @pytest.mark.parametrize("encoding", ["embedding", "direct", "classes"])
@@ -344,7 +236,7 @@ def test_without_void_in_training_the_semantic_head_says_where_instances_are(enc
     classes_BHW = torch.full((2, 6, 8), SKY)
     classes_BHW[1, 2:4] = BOX
     for path in (decode_on_host, decode_on_device):
-        empty, found = path(logits_of(classes_BHW), instance_BXHW, [(6, 8)] * 2, CATEGORIES, config)
+        empty, found = path(logits_of(classes_BHW), instance_BXHW, [(6, 8)] * 2, ASSEMBLY, config)
         assert [s.category for s in empty.segments] == [SKY]
         assert np.array_equal(np.isin(found.ids, [s.id for s in found.segments if s.is_thing]), classes_BHW[1] == BOX)
 

@@ -7,6 +7,7 @@ import pytest
 
 from evaluation.pq import PQStats, compare, summarise
 from preprocessing.coco import read_index
+from preprocessing.geometry import Frame
 from preprocessing.sample import make_sample
 from preprocessing.synthetic import SyntheticConfig, write_set
 from training.backbones.vit import VitConfig
@@ -23,7 +24,7 @@ TINY = VitConfig(patch=8, width=8, depth=4, heads=1, layers=(1, 2, 3, 4))
 def ideal_pq(root, split, config, grid):
     """PQ at the images' own sizes of targets made on `grid` (None: their own) and decoded."""
     index = read_index(root, split)
-    method = Generalist(replace(config, backbone=TINY, decoder_widths=(1,) * 5), index.labels, (8, 8))
+    method = Generalist(replace(config, backbone=TINY, decoder_widths=(1,) * 5), index.labels, Frame(size=(8, 8)))
     stats = PQStats.zero(len(index.labels))
     for record in index.records:
         truth = make_sample(record, index.labels, None, 1).panoptic

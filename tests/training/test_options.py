@@ -42,7 +42,7 @@ def test_a_backbone_of_another_kind_takes_the_place_of_the_recipes():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"methd.x": 1}, r"option 'methd': there is none; there are method, name"),
+        ({"methd.x": 1}, r"option 'methd': there is none; there are frame, method, name"),
         ({"method.backbone": {"widht": 3}}, r"option 'method.backbone.widht': there is none; there are depth"),
         ({"method.backbone": {"name": "pvt-v2-b1"}}, r"'method.backbone.name': 'pvt-v2-b1': .*'pvt-v2-b0'"),
         ({"method.decode": {"gird": 10}}, r"option 'method.decode.gird': there is none; there are grid"),

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from infra.errors import TesseraError
+from preprocessing.geometry import Frame
 from tests.support.examples import table
+from training.augment import Crop
 from training.methods.generalist.config import GeneralistConfig
 from training.recipe import Recipe, TrainConfig
 from training.recipes import RECIPES, debug, demo, recipe
@@ -60,7 +62,12 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
             yield (*path, field.name)
 
 
-NEIGHBOURS = {"alternate": "joint", "joint": "alternate", "task": "panoptic", "embedding": "direct"}
+GIVEN: dict[str, Any] = {
+    "crop": Crop(size=(64, 64), short_side=(64, 96), long_side=128),
+    "frame": Frame(size=(64, 64), keep_aspect=True),
+}
+"""What an option may be that is None."""
+NEIGHBOURS = {"cosine": "poly", "alternate": "joint", "joint": "alternate", "task": "panoptic", "embedding": "direct"}
 
 
 def another(value: Any) -> Any:
@@ -83,6 +90,8 @@ def another(value: Any) -> Any:
 
 def changed(config: Any, path: tuple[str, ...]) -> Any:
     value = getattr(config, path[0])
+    if value is None:
+        return dataclasses.replace(config, **{path[0]: GIVEN[path[0]]})
     return dataclasses.replace(config, **{path[0]: changed(value, path[1:]) if path[1:] else another(value)})
 
 

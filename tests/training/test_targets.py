@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from infra.errors import TesseraError
 from preprocessing.kernels import squared_distance
 from preprocessing.panoptic_map import Segment, measured
 from preprocessing.sample import instance_groups, semantic_groups
 from preprocessing.synthetic import CATEGORIES, STUFF
 from tests.support.examples import BOX, DISK, RADIUS, batch_of, example_of, odd, of_all_kinds, scenes
 from tests.support.label_maps import squared_distances
+from training.batch import VOID as NONE
 from training.batch import Example
 from training.methods.generalist.config import GeneralistConfig
 from training.methods.generalist.targets import (
-    IGNORE,
     eds_maps,
     eds_weight,
     embed,
@@ -101,7 +102,7 @@ def slow(example: Example, config: GeneralistConfig) -> Slow:
     instances_HW, kept_HW = np.zeros_like(classes_HW), np.ones_like(classes_HW)
     for at, label in np.ndenumerate(example.labels_HW):
         segment = kinds[label]
-        classes_HW[at] = IGNORE if segment is None else segment.category
+        classes_HW[at] = NONE if segment is None else segment.category
         instances_HW[at] = label if segment and segment.is_thing else 0
         thing = segment is not None and segment.is_thing and not segment.is_crowd
         crowd = segment is not None and segment.is_crowd
@@ -110,7 +111,7 @@ def slow(example: Example, config: GeneralistConfig) -> Slow:
     semantic_HW = slow_weights(example.labels_HW if panoptic else classes_HW, config)
     instance_HW = slow_weights(example.labels_HW if panoptic else instances_HW, config)
     codes = [slow_row(example, row, config) for row in range(len(kinds))]
-    return Slow(np.array(codes), classes_HW, semantic_HW * (classes_HW != IGNORE), instance_HW * kept_HW)
+    return Slow(np.array(codes), classes_HW, semantic_HW * (classes_HW != NONE), instance_HW * kept_HW)
 
 
 def configs():
@@ -154,9 +155,16 @@ def test_the_weight_of_a_distance_is_the_formula(distance: float, minimum: float
 
 
 @pytest.mark.parametrize("minimum", [0.0, 0.25])
-def test_distance_0_switches_the_weights_off(minimum: float):
-    weights = eds_weight(torch.arange(9, dtype=torch.int32), 0, minimum)
-    assert torch.equal(weights, torch.ones(9))
+def test_distance_0_switches_the_weights_off_and_needs_no_distances(minimum: float):
+    config = GeneralistConfig(eds_distance=0.0, eds_min=minimum)
+    batch = replace(batch_of(of_all_kinds()), d2_BH2W=None)
+    assert all(torch.equal(found, torch.ones(1, 32, 32)) for found in eds_maps(batch, config))
+
+
+def test_a_batch_without_distances_is_refused_by_its_samples():
+    batch = replace(batch_of(of_all_kinds()), d2_BH2W=None)
+    with pytest.raises(TesseraError, match="samples 1: EDS needs distances"):
+        eds_maps(batch, CONFIGS["embedding"])
 
 
 @pytest.mark.parametrize("distance", [0.5, 8.0, 20.0])
@@ -221,7 +229,8 @@ def test_the_smaller_of_the_two_distances_is_that_to_any_edge_of_the_panoptic_ma
     assert np.array_equal(example.d2_H2W.min(axis=1), d2_HW)
     for distance in (0.0, 3.0):
         config = GeneralistConfig(boundaries="panoptic", eds_distance=distance, eds_min=0.2)
-        expected = eds_weight(torch.from_numpy(d2_HW.astype(np.int32)), distance, 0.2)
+        weights = eds_weight(torch.from_numpy(d2_HW.astype(np.int32)), distance or 1.0, 0.2)
+        expected = weights if distance else torch.ones_like(weights)
         for found in eds_maps(batch_of(example), config):
             assert torch.equal(found[0], expected)
 
@@ -289,10 +298,10 @@ def test_padding_rows_of_the_table_are_no_instances(encoding: str):
 
 def test_the_semantic_task_ignores_void_and_knows_crowds():
     found = semantic_targets(batch_of(of_all_kinds()), CONFIGS["embedding"])
-    assert found.classes_BHW[0][VOID] == IGNORE
+    assert found.classes_BHW[0][VOID] == NONE
     assert found.classes_BHW[0][CROWD] == BOX
-    assert not found.weight_BHW[found.classes_BHW == IGNORE].any()
-    assert found.weight_BHW[found.classes_BHW != IGNORE].all()
+    assert not found.weight_BHW[found.classes_BHW == NONE].any()
+    assert found.weight_BHW[found.classes_BHW != NONE].all()
 
 
 @pytest.mark.parametrize("encoding", ["embedding", "direct", "classes"])

@@ -5,13 +5,9 @@ import pytest
 import torch
 
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
+from training.methods.generalist.decode import cast_votes, cast_votes_on_host
 from training.methods.generalist.targets import embed, embed_xy, omegas
-from training.methods.generalist.votes import (
-    FIXED,
-    best_classes,
-    cast_votes,
-    cast_votes_on_host,
-)
+from training.parts.nearest_codes import FIXED
 
 GRIDS = [1, 2, 3, 5, 80]
 SIZE = (12, 20)
@@ -185,9 +181,3 @@ def test_the_best_classes_of_both_axes_are_the_votes(cells: int, grid: int, cast
             for vote, axis_K in zip(votes_2HW[:, y, x].tolist(), (u_K, v_K), strict=True):
                 share = (int(axis_K[:-1].argmax()) + 0.5) / cells
                 assert abs(vote - FIXED * (share * grid - 0.5)) <= 0.5
-
-
-@pytest.mark.parametrize("shape", [(3, 1, 1), (5, 40, 60), (2, 64, 64)])
-def test_the_best_class_is_the_first_of_the_largest(shape: tuple[int, int, int]):
-    logits_CHW = np.random.default_rng(0).integers(0, 3, shape).astype(np.float32)
-    assert np.array_equal(best_classes(logits_CHW), logits_CHW.argmax(0))

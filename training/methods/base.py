@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from preprocessing.geometry import Size
+from preprocessing.geometry import Frame, Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture
-from preprocessing.sample import to_rgb
+from preprocessing.sample import framed_image
 from training.backbones.base import Backbone
 from training.backbones.weights import LoadReport
 from training.batch import Batch
@@ -54,11 +54,15 @@ class Method(nn.Module, ABC):
     alternates: bool = False
     """Whether a step may leave some parameters without gradient."""
 
-    def __init__(self, labels: LabelTable, grid: Size) -> None:
+    def __init__(self, labels: LabelTable, frame: Frame) -> None:
         super().__init__()
         self.labels = labels
-        self.grid = grid
-        """Height, width of the images the network takes."""
+        self.frame = frame
+
+    @property
+    def grid(self) -> Size:
+        """Height, width of the images that the network takes in evaluation."""
+        return self.frame.size
 
     @property
     def backbone(self) -> Backbone:
@@ -91,7 +95,8 @@ class Method(nn.Module, ABC):
 
     def inputs(self, pictures: Sequence[Picture]) -> Tensor:
         """Decoded images of any size -> uint8 (B, 3, H, W) on the grid and on the method's device."""
-        images_BHW3 = torch.from_numpy(np.stack([to_rgb(Image.fromarray(picture), self.grid) for picture in pictures]))
+        framed = [framed_image(Image.fromarray(picture), self.frame) for picture in pictures]
+        images_BHW3 = torch.from_numpy(np.stack(framed))
         return images_BHW3.to(next(self.parameters()).device).permute(0, 3, 1, 2).contiguous()
 
     @torch.inference_mode()

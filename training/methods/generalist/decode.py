@@ -3,10 +3,13 @@
 G: nearest neighbour on an 80 x 80 grid of candidate centroids, non-maximum suppression, majority vote of the semantic
 head inside each instance, stuff from the semantic head. How votes become instances is ours. Two paths do the same,
 to the bit once votes are cast: Numba on the CPU, image by image, and torch on any other device, batch by batch.
+
+A vote is the centroid of a pixel's instance as a place on the grid of candidates, in the units of parts.nearest_codes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,83 +17,69 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infra.errors import TesseraError
-from preprocessing.geometry import Size, resize_labels
-from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment, measured
+from preprocessing.geometry import Size
+from preprocessing.panoptic_map import PanopticMap
+from preprocessing.pictures import Picture
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
-from training.methods.generalist.votes import (
-    FIXED,
+from training.methods.generalist.targets import embed, omegas
+from training.parts.assemble import (
     NO_INSTANCE,
+    Assembly,
+    assemble,
+    assemble_on_device,
     best_classes,
-    cast_votes,
-    cast_votes_on_host,
-    cells_of,
-    spread,
-    sum_cells,
-    sum_cells_on_device,
+    refuse_infinite,
 )
+from training.parts.nearest_codes import FIXED, HALF, nearest_codes
+
+_CHUNK_BYTES = 1 << 28
+"""Most memory of a tensor of scores, (B, grid, pixels)."""
 
 
 def decode(
-    logits_BCHW: Tensor,
-    instance_BXHW: Tensor,
-    sizes: Sequence[Size],
-    labels: LabelTable,
-    config: GeneralistConfig,
+    logits_BCHW: Tensor, codes_BXHW: Tensor, sizes: Sequence[Size], assembly: Assembly, config: GeneralistConfig
 ) -> list[PanopticMap]:
     """A batch of network outputs on any device, float32 or bf16 -> panoptic maps on the host.
 
-    logits: of the semantic head, by contiguous id. instance: of the instance head (votes.cast_votes). sizes: height,
-    width of each result, reached by nearest-neighbour resizing of the decoded map. Raises TesseraError naming the
-    place in the batch of an output that is not finite.
+    logits: of the semantic head, by contiguous id. codes: of the instance head (cast_votes). sizes: height, width of
+    each image and result. Raises TesseraError naming the place in the batch of an output that is not finite.
     """
     if not sizes:
         return []
-    path = decode_on_host if instance_BXHW.device.type == "cpu" else decode_on_device
-    return path(logits_BCHW, instance_BXHW, sizes, labels, config)
+    refuse_infinite(logits_BCHW, codes_BXHW)
+    path = decode_on_host if codes_BXHW.device.type == "cpu" else decode_on_device
+    return path(logits_BCHW, codes_BXHW, sizes, assembly, config)
 
 
 def decode_on_host(
-    logits_BCHW: Tensor, instance_BXHW: Tensor, sizes: Sequence[Size], labels: LabelTable, config: GeneralistConfig
+    logits_BCHW: Tensor, codes_BXHW: Tensor, sizes: Sequence[Size], assembly: Assembly, config: GeneralistConfig
 ) -> list[PanopticMap]:
     """See decode. Tensors on the CPU."""
-    _refuse_infinite(logits_BCHW, instance_BXHW)
     maps = []
-    for logits_CHW, instance_XHW, size in zip(logits_BCHW, instance_BXHW, sizes, strict=True):
+    for logits_CHW, codes_XHW, size in zip(logits_BCHW, codes_BXHW, sizes, strict=True):
         classes_HW = best_classes(logits_CHW.float().contiguous().numpy())
-        votes_2HW, inside_HW = cast_votes_on_host(instance_XHW, config)
+        votes_2HW, inside_HW = cast_votes_on_host(codes_XHW, config)
         if not config.void_kept:
-            inside_HW = labels.is_thing[classes_HW]
+            inside_HW = assembly.labels.is_thing[classes_HW]
         instances_HW = group_votes(votes_2HW, inside_HW, config.decode)
-        maps.append(assemble(instances_HW, classes_HW, size, labels, config.decode))
+        maps.append(assemble(instances_HW, classes_HW, size, assembly))
     return maps
 
 
 def decode_on_device(
-    logits_BCHW: Tensor, instance_BXHW: Tensor, sizes: Sequence[Size], labels: LabelTable, config: GeneralistConfig
+    logits_BCHW: Tensor, codes_BXHW: Tensor, sizes: Sequence[Size], assembly: Assembly, config: GeneralistConfig
 ) -> list[PanopticMap]:
     """See decode. Tensors on any device; the host waits for it a fixed number of times a batch."""
-    _refuse_infinite(logits_BCHW, instance_BXHW)
     classes_BHW = logits_BCHW.argmax(1)
-    votes_B2HW, inside_BHW = cast_votes(instance_BXHW, config)
+    votes_B2HW, inside_BHW = cast_votes(codes_BXHW, config)
     if not config.void_kept:
-        inside_BHW = torch.from_numpy(labels.is_thing).to(classes_BHW.device)[classes_BHW]
+        inside_BHW = torch.from_numpy(assembly.labels.is_thing).to(classes_BHW.device)[classes_BHW]
     cells_BHW = cells_of(votes_B2HW, config.decode.grid)
     sums_BG6 = sum_cells_on_device(votes_B2HW, inside_BHW, cells_BHW, config.decode.grid).cpu().numpy()
     groups = [group_cells(sums_G6, (inside_BHW.shape[1], inside_BHW.shape[2]), config.decode) for sums_G6 in sums_BG6]
     group_BG = torch.from_numpy(np.stack(groups)).to(cells_BHW.device)
     instances_BP = group_BG.gather(1, cells_BHW.flatten(1)).where(inside_BHW.flatten(1), NO_INSTANCE)
-    return assemble_on_device(instances_BP.view_as(classes_BHW), classes_BHW, sizes, labels, config.decode)
-
-
-def _refuse_infinite(*outputs: Tensor) -> None:
-    """Two extremes an image and output: NaN and infinities are among them, and one copy tells."""
-    for_image = zip(*outputs, strict=True)
-    extremes = [torch.stack([end.float() for x_XHW in image for end in x_XHW.aminmax()]) for image in for_image]
-    for index, finite in enumerate(torch.stack(extremes).isfinite().all(1).tolist()):
-        if not finite:
-            raise TesseraError(f"decode: image {index} of the batch: the network's output is not finite")
+    return assemble_on_device(instances_BP.view_as(classes_BHW), classes_BHW, sizes, assembly)
 
 
 def group_votes(votes_2HW: NDArray[np.int32], inside_HW: NDArray[np.bool_], config: DecodeConfig) -> NDArray[np.int32]:
@@ -167,123 +156,171 @@ def _error(sums_6: NDArray[np.float64]) -> float:
     return sums_6[3] - 2 * (sums_6[1] * x + sums_6[2] * y) + count * (x * x + y * y)
 
 
-def assemble(
-    instances_HW: NDArray[np.int32],
-    classes_HW: NDArray[np.int32],
-    size: Size,
-    labels: LabelTable,
-    config: DecodeConfig,
-) -> PanopticMap:
-    """Instances with their most frequent thing class; outside of them stuff where the semantic head says so.
+def cast_votes(instance_BXHW: Tensor, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
+    """The instance head's output -> votes int32 (B, 2, H, W) and the mask of pixels inside instances, bool (B, H, W).
 
-    Void where the two disagree: thing pixels outside of all instances, instances without a thing pixel.
+    On any device, in any floating type. "embedding": the nearest code of the grid; inside where it is nearer than
+    the zero vector. "direct": u, v themselves; inside where the third channel is over 0.5. "classes": the best cell
+    of each axis, rescaled; inside where both together are likelier than both voids. Without `void_kept` none of
+    these rules was trained and the mask is true everywhere.
     """
-    found = int(instances_HW.max()) + 1
-    category_M = _categories(_count_classes(instances_HW, classes_HW, found, len(labels)), labels)
-    dense_HW = _paint(instances_HW, classes_HW, _labels_of(category_M), found)
-    return _tabulate(resize_labels(dense_HW, size), category_M, labels, config)
+    with _full_precision(instance_BXHW.device.type):
+        votes_B2P, inside_BP = _CAST[config.encoding](instance_BXHW.flatten(2).float(), config)
+    if not config.void_kept:
+        inside_BP = torch.ones_like(inside_BP)
+    shape = instance_BXHW.shape[2:]
+    return votes_B2P.unflatten(2, shape), inside_BP.unflatten(1, shape)
+
+
+def cast_votes_on_host(instance_XHW: Tensor, config: GeneralistConfig) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """The same for one image on the CPU, in arrays. Embeddings go through a kernel of their own, whose votes differ
+    from the others' only where float32 rounds differently: by 1, or by any distance between codes equally near."""
+    if config.encoding != "embedding":
+        votes_B2HW, inside_BHW = cast_votes(instance_XHW[None], config)
+        return votes_B2HW[0].numpy(), inside_BHW[0].numpy()
+    embedding_EP = instance_XHW.flatten(1).float().contiguous().numpy()
+    votes_2P, inside_P = nearest_codes(embedding_EP, *_half_grid(config.decode.grid, tuple(omegas(config))))
+    inside_P |= not config.void_kept
+    shape = instance_XHW.shape[1:]
+    return votes_2P.reshape(2, *shape), inside_P.reshape(shape)
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """float32 products as they are: bf16 and TF32 cannot tell neighbouring codes apart."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _of_embedding(embedding_BEP: Tensor, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
+    """All codes have the squared norm 2 L, so the nearest one has the largest dot product, which separates into one
+    search over u and one over v; zero is nearer than every code exactly when the two best sum to less than L."""
+    codes_GD = _codes(config.decode.grid, tuple(omegas(config))).to(embedding_BEP.device)
+    pixels = max(1, _CHUNK_BYTES // (codes_GD.element_size() * len(codes_GD) * len(embedding_BEP)))
+    best, votes = [], []
+    for half_BDP in embedding_BEP.chunk(2, 1):
+        found = [_nearest(chunk_BDP, codes_GD) for chunk_BDP in half_BDP.split(pixels, 2)]
+        best.append(torch.cat([best_BP for best_BP, _ in found], 1))
+        votes.append(torch.cat([votes_BP for _, votes_BP in found], 1))
+    return torch.stack(votes, 1), best[0] + best[1] >= config.frequencies
+
+
+def _of_direct(uv_B3P: Tensor, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
+    grid = config.decode.grid
+    fixed_B2P = (uv_B3P[:, :2].clamp(0, 1) * (grid * FIXED)).round().int() - HALF
+    return fixed_B2P.clamp(-HALF, grid * FIXED - HALF - 1), uv_B3P[:, 2] > 0.5
+
+
+def _of_classes(logits_BKP: Tensor, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
+    cells, grid = config.cells, config.decode.grid
+    logits_B2KP = logits_BKP.unflatten(1, (2, cells + 1))
+    best_B2P, cell_B2P = logits_B2KP[:, :, :cells].max(2)
+    middle_B2P = ((2 * cell_B2P + 1) * (grid * FIXED) + cells) // (2 * cells) - HALF  # rounded, in integers
+    inside_BP = best_B2P.sum(1) > logits_B2KP[:, :, cells].sum(1)
+    return middle_B2P.clamp(max=grid * FIXED - HALF - 1).int(), inside_BP
+
+
+_CAST = {"embedding": _of_embedding, "direct": _of_direct, "classes": _of_classes}
+
+
+@lru_cache(maxsize=8)
+def _codes(grid: int, frequencies: tuple[float, ...]) -> Tensor:
+    """(grid, 2 L) float32: codes of the cell centres (i + 0.5) / grid, which keep -1 and 1 apart."""
+    centres_G = (2 * torch.arange(grid, dtype=torch.float64) + 1) / grid - 1
+    return embed(centres_G, list(frequencies)).float()
+
+
+def _nearest(values_BDP: Tensor, codes_GD: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest dot product of each column with a code, and the vote: its cell, refined by the parabola through its
+    score and its neighbours'. The outermost cells have no two neighbours and stay as they are."""
+    grid = len(codes_GD)
+    scores_BGP = codes_GD.expand(len(values_BDP), -1, -1).bmm(values_BDP)
+    best_BP, cell_BP = scores_BGP.max(1)
+    if grid < 3:
+        return best_BP, FIXED * cell_BP.int()
+    inner_BP = cell_BP.clamp(1, grid - 2)
+    before_BP, at_BP, after_BP = scores_BGP.gather(1, torch.stack([inner_BP - 1, inner_BP, inner_BP + 1], 1)).unbind(1)
+    bend_BP = (before_BP - 2 * at_BP + after_BP).clamp(max=-1e-12)
+    offset_BP = ((before_BP - after_BP) / (2 * bend_BP) * FIXED).clamp(-HALF, HALF - 1).round()
+    votes_BP = FIXED * cell_BP + torch.where(inner_BP == cell_BP, offset_BP, 0).long()
+    # the last clamp is for products that overflow: votes are used as indices
+    return best_BP, votes_BP.clamp(-HALF, grid * FIXED - HALF - 1).int()
+
+
+@lru_cache(maxsize=8)
+def _half_grid(
+    grid: int, frequencies: tuple[float, ...]
+) -> tuple[NDArray[np.float32], tuple[np.float32, ...], tuple[np.float32, ...], int]:
+    """What `nearest_codes` wants beside the pixels."""
+    codes_JD = np.ascontiguousarray(_codes(grid, frequencies)[: (grid + 1) // 2].numpy())
+    steps = [omega * 2 / grid for omega in frequencies]
+    turns, bends = (tuple(map(np.float32, parts_L)) for parts_L in (np.sin(steps), 1 - np.cos(steps)))
+    return codes_JD, turns, bends, grid
 
 
 @njit(cache=True, nogil=True)
-def _count_classes(
-    instances_HW: NDArray[np.int32], classes_HW: NDArray[np.int32], found: int, categories: int
-) -> NDArray[np.int64]:
-    """Pixels of each instance and class, and at the end of no instance; int64 (N + 1, C)."""
-    counts_NC = np.zeros((found + 1, categories), np.int64)
-    for y in range(instances_HW.shape[0]):
-        for x in range(instances_HW.shape[1]):
-            counts_NC[instances_HW[y, x], classes_HW[y, x]] += 1  # NO_INSTANCE, -1, is the last row
-    return counts_NC
-
-
-def _categories(counts_NC: NDArray[np.integer[Any]], labels: LabelTable) -> NDArray[np.int64]:
-    """Counts of _count_classes -> category of each slot, or -1 where it stays empty; int64 (N + C,).
-
-    Slots are the instances, then the classes outside of them.
-    """
-    votes_NC = counts_NC[:-1] * labels.is_thing
-    category_N = np.where(votes_NC.any(1), votes_NC.argmax(1), -1)
-    category_C = np.where((counts_NC[-1] > 0) & ~labels.is_thing, np.arange(len(labels)), -1)
-    return np.concatenate([category_N, category_C])
-
-
-def _labels_of(category_M: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The label of each slot: 1, 2, ..., and 0 where it stays empty."""
-    return np.where(category_M >= 0, np.cumsum(category_M >= 0), 0)
+def sum_cells(votes_2HW: NDArray[np.int32], inside_HW: NDArray[np.bool_], grid: int) -> NDArray[np.int64]:
+    """Per cell of the grid, (grid * grid, 6) int64: pixels that vote for it, the sums of their votes u and v, of
+    u^2 + v^2, and of their own x and y in pixels."""
+    height, width = inside_HW.shape
+    sums_G6 = np.zeros((grid * grid, 6), np.int64)
+    for y in range(height):
+        for x in range(width):
+            if inside_HW[y, x]:
+                u, v = votes_2HW[0, y, x], votes_2HW[1, y, x]
+                sums_6 = sums_G6[_cell(u, v, grid)]
+                sums_6[0] += 1
+                sums_6[1] += u
+                sums_6[2] += v
+                sums_6[3] += u * u + v * v
+                sums_6[4] += x
+                sums_6[5] += y
+    return sums_G6
 
 
 @njit(cache=True, nogil=True)
-def _paint(
-    instances_HW: NDArray[np.int32], classes_HW: NDArray[np.int32], label_M: NDArray[np.int64], found: int
-) -> NDArray[np.uint16]:
-    """The label of each pixel's slot; uint16 (H, W)."""
-    dense_HW = np.empty(instances_HW.shape, np.uint16)
-    for y in range(instances_HW.shape[0]):
-        for x in range(instances_HW.shape[1]):
-            instance = instances_HW[y, x]
-            dense_HW[y, x] = label_M[found + classes_HW[y, x] if instance == NO_INSTANCE else instance]
-    return dense_HW
+def _cell(u: int, v: int, grid: int) -> int:
+    return (v + HALF) // FIXED * grid + (u + HALF) // FIXED
 
 
-def assemble_on_device(
-    instances_BHW: Tensor, classes_BHW: Tensor, sizes: Sequence[Size], labels: LabelTable, config: DecodeConfig
-) -> list[PanopticMap]:
-    """assemble of every image, on the tensors' device."""
-    instances_BP, classes_BP = instances_BHW.flatten(1).long(), classes_BHW.flatten(1)
-    found = int(instances_BP.max()) + 1
-    none_BP = instances_BP == NO_INSTANCE
-    pair_BP = instances_BP.where(~none_BP, found) * len(labels) + classes_BP
-    counts_BQ = pair_BP.new_zeros(len(pair_BP), (found + 1) * len(labels))
-    counts_BQ.scatter_add_(1, pair_BP, torch.ones_like(pair_BP))
-    counts_BNC = counts_BQ.unflatten(1, (found + 1, len(labels))).cpu().numpy()
-    category_BM = [_categories(counts_NC, labels) for counts_NC in counts_BNC]
-    label_BM = torch.from_numpy(np.stack([_labels_of(category_M) for category_M in category_BM])).to(pair_BP.device)
-    dense_BP = label_BM.gather(1, torch.where(none_BP, found + classes_BP, instances_BP))
-    resized = _resized_to_host(dense_BP.view_as(classes_BHW), sizes)
-    return [
-        _tabulate(dense_HW, category_M, labels, config)
-        for dense_HW, category_M in zip(resized, category_BM, strict=True)
-    ]
+@njit(cache=True, nogil=True)
+def spread(
+    votes_2HW: NDArray[np.int32], inside_HW: NDArray[np.bool_], group_G: NDArray[np.int32], grid: int
+) -> NDArray[np.int32]:
+    """The group of every pixel's cell; int32 (H, W)."""
+    height, width = inside_HW.shape
+    instances_HW = np.full((height, width), NO_INSTANCE, np.int32)
+    for y in range(height):
+        for x in range(width):
+            if inside_HW[y, x]:
+                instances_HW[y, x] = group_G[_cell(votes_2HW[0, y, x], votes_2HW[1, y, x], grid)]
+    return instances_HW
 
 
-def _resized_to_host(dense_BHW: Tensor, sizes: Sequence[Size]) -> list[NDArray[np.uint16]]:
-    """resize_labels of every image on the device, then one copy; the rule itself says which pixels to take."""
-    steps = [
-        resize_labels(np.arange(old)[:, None], (new, 1))[:, 0]
-        for size in sizes
-        for old, new in zip(dense_BHW.shape[1:], size, strict=True)
-    ]
-    on_device = torch.from_numpy(np.concatenate(steps)).to(dense_BHW.device).split([len(step) for step in steps])
-    places = zip(on_device[::2], on_device[1::2], strict=True)
-    resized = [dense_HW[y_H[:, None], x_W] for dense_HW, (y_H, x_W) in zip(dense_BHW.short(), places, strict=True)]
-    on_host = torch.cat([dense_HW.flatten() for dense_HW in resized]).cpu().numpy().view(np.uint16)
-    ends = np.cumsum([height * width for height, width in sizes])
-    return [dense_P.reshape(size) for dense_P, size in zip(np.split(on_host, ends[:-1]), sizes, strict=True)]
+def cells_of(votes_B2HW: Tensor, grid: int) -> Tensor:
+    """The cell of each vote, v * grid + u; int64 (B, H, W)."""
+    u_BHW, v_BHW = ((votes_B2HW.long() + HALF) // FIXED).unbind(1)
+    return v_BHW * grid + u_BHW
 
 
-def _tabulate(
-    dense_HW: NDArray[np.uint16], category_M: NDArray[np.int64], labels: LabelTable, config: DecodeConfig
-) -> PanopticMap:
-    """Measure the segments of all slots. One that lost its pixels has no row; small stuff becomes void."""
-    filled = [int(category) for category in category_M if category >= 0]
-    if len(filled) > np.iinfo(np.uint16).max:
-        raise TesseraError(f"decode: {len(filled)} segments in one image do not fit uint16; raise min_area")
-    segments = [Segment(0, category, bool(labels.is_thing[category])) for category in filled]
-    kept, ids_HW = [], dense_HW.astype(np.int32)
-    for segment in measured(dense_HW, segments):
-        if not segment.is_thing and segment.area < config.min_stuff_area * ids_HW.size:
-            ids_HW[ids_HW == segment.id] = 0
-        elif segment.area > 0:
-            kept.append(segment)
-    return PanopticMap(ids_HW, tuple(kept))
+def sum_cells_on_device(votes_B2HW: Tensor, inside_BHW: Tensor, cells_BHW: Tensor, grid: int) -> Tensor:
+    """sum_cells of every image, on the tensors' device: int64 (B, grid * grid, 6)."""
+    u_BHW, v_BHW = votes_B2HW.long().unbind(1)
+    y_H1, x_W = (torch.arange(n, device=cells_BHW.device) for n in inside_BHW.shape[1:])
+    y_H1 = y_H1[:, None]
+    sums_BG = []
+    for each in (1, u_BHW, v_BHW, u_BHW**2 + v_BHW**2, x_W, y_H1):
+        part_BP = (inside_BHW * each).flatten(1).long()  # pixels outside add 0
+        sums_BG.append(part_BP.new_zeros(len(part_BP), grid * grid).scatter_add_(1, cells_BHW.flatten(1), part_BP))
+    return torch.stack(sums_BG, 2)
 
 
-def class_picture(classes_HW: Tensor, labels: LabelTable) -> NDArray[np.uint8]:
-    """Contiguous ids -> RGB (H, W, 3)."""
-    return labels.colors[classes_HW.cpu().numpy()]
-
-
-def centroid_picture(instance_XHW: Tensor, config: GeneralistConfig) -> NDArray[np.uint8]:
+def centroid_picture(instance_XHW: Tensor, config: GeneralistConfig) -> Picture:
     """Voted centroid as colour: red = x, green = y, blue where there is an instance; void is black."""
     votes_2HW, inside_HW = cast_votes_on_host(instance_XHW.cpu(), config)
     share_2HW = (votes_2HW + FIXED / 2) / (FIXED * config.decode.grid)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.batch import Batch
+from training.batch import VOID, Batch
 from training.methods.generalist.config import GeneralistConfig
-from training.methods.generalist.targets import IGNORE, InstanceTargets, SemanticTargets, counted
+from training.methods.generalist.targets import InstanceTargets, SemanticTargets, counted
 
 _EPSILON = 1e-8  # under square roots, whose gradient at 0 is infinite
 
@@ -54,7 +54,7 @@ def log_probabilities(logits_BCHW: Tensor) -> Tensor:
 
 def class_loss(log_p_BHWC: Tensor, targets: SemanticTargets) -> Tensor:
     """Cross-entropy x w, 0 on void, mean over all pixels (the normaliser is ours: it makes workers' shares equal)."""
-    loss_P = F.nll_loss(log_p_BHWC.flatten(0, 2), targets.classes_BHW.flatten(), ignore_index=IGNORE, reduction="none")
+    loss_P = F.nll_loss(log_p_BHWC.flatten(0, 2), targets.classes_BHW.flatten(), ignore_index=VOID, reduction="none")
     return (loss_P * targets.weight_BHW.flatten()).mean()
 
 

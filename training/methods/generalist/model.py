@@ -6,18 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from preprocessing.geometry import Size
+from preprocessing.geometry import Frame, Size
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture
 from training.backbones import build_backbone
 from training.backbones.base import Backbone
-from training.batch import Batch
+from training.batch import VOID, Batch
 from training.methods.base import Method, Outputs
 from training.methods.generalist.config import GeneralistConfig
-from training.methods.generalist.decode import centroid_picture, class_picture, decode
+from training.methods.generalist.decode import centroid_picture, decode
 from training.methods.generalist.loss import instance_losses, semantic_losses
-from training.methods.generalist.targets import IGNORE, instance_targets, omegas, semantic_targets
+from training.methods.generalist.targets import instance_targets, omegas, semantic_targets
+from training.parts.assemble import Assembly, certain, class_picture
 
 _CODES = {
     "embedding": "sin w_k x, cos w_k x, sin w_k y, cos w_k y, each for k from 0 to L - 1; x and y in -1..1, L is "
@@ -31,11 +32,11 @@ _CODES = {
 class Generalist(Method):
     """Class logits and codes of centroids, decoded by votes."""
 
-    def __init__(self, config: GeneralistConfig, labels: LabelTable, grid: Size) -> None:
-        super().__init__(labels, grid)
+    def __init__(self, config: GeneralistConfig, labels: LabelTable, frame: Frame) -> None:
+        super().__init__(labels, frame)
         self.config = config
         self.alternates = config.tasks == "alternate"
-        self.network = Network(config, len(labels), grid)
+        self.network = Network(config, len(labels), frame.size)
 
     @property
     def output_notes(self) -> dict[str, str]:
@@ -63,7 +64,8 @@ class Generalist(Method):
     def decode(self, outputs: Outputs, sizes: Sequence[Size]) -> list[PanopticMap]:
         """See Method."""
         logits_BCHW, codes_BXHW = outputs
-        return decode(logits_BCHW, codes_BXHW, sizes, self.labels, self.config)
+        assembly = Assembly(self.labels, self.frame.keep_aspect, self.config.decode.min_stuff_area)
+        return decode(logits_BCHW, codes_BXHW, sizes, assembly, self.config)
 
     @torch.inference_mode()
     def views(self, outputs: Outputs) -> list[dict[str, Picture]]:
@@ -79,22 +81,13 @@ class Generalist(Method):
 
     def ideal(self, batch: Batch) -> Outputs:
         """See Method. Void says a thing's class outside of all instances, which decodes to void."""
-        classes_BHW = semantic_targets(batch, self.config).classes_BHW
         thing = int(self.labels.is_thing.argmax())
-        logits_BCHW = _certain(torch.where(classes_BHW == IGNORE, thing, classes_BHW), len(self.labels))
+        classes_BHW = batch.classes_BHW
+        logits_BCHW = certain(torch.where(classes_BHW == VOID, thing, classes_BHW), len(self.labels))
         codes_BXHW = instance_targets(batch, self.config).dense_BXHW
         if self.config.encoding == "classes":
-            codes_BXHW = torch.cat(
-                [_certain(cells_BHW, self.config.cells + 1) for cells_BHW in codes_BXHW.unbind(1)], 1
-            )
+            codes_BXHW = torch.cat([certain(cells_BHW, self.config.cells + 1) for cells_BHW in codes_BXHW.unbind(1)], 1)
         return logits_BCHW, codes_BXHW
-
-
-def _certain(classes_BHW: Tensor, count: int) -> Tensor:
-    """Logits (B, count, H, W) without doubt."""
-    images, height, width = classes_BHW.shape
-    logits_BCHW = torch.zeros(images, count, height, width, device=classes_BHW.device)
-    return logits_BCHW.scatter_(1, classes_BHW[:, None], 10.0)
 
 
 class Network(nn.Module):

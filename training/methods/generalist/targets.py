@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.batch import Batch
+from infra.errors import TesseraError
+from training.batch import VOID, Batch
 from training.methods.generalist.config import GeneralistConfig
-
-IGNORE = -1
-"""Class of pixels without a semantic label."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class SemanticTargets:
     """Dense targets of the semantic task."""
 
     classes_BHW: Tensor
-    """int64 contiguous ids, IGNORE on void."""
+    """int64 contiguous ids, VOID where there is none."""
     weight_BHW: Tensor
     """float32, EDS; 0 on void."""
 
@@ -54,9 +52,7 @@ def embed_xy(centroids_N2: Tensor, frequencies: list[float]) -> Tensor:
 
 
 def eds_weight(d2: Tensor, distance: float, minimum: float) -> Tensor:
-    """w = w_min + (1 - w_min) exp(-d^2 / D^2) (G). d2: squared pixels. D = 0: weight 1 everywhere."""
-    if distance == 0:
-        return torch.ones_like(d2, dtype=torch.float32)
+    """w = w_min + (1 - w_min) exp(-d^2 / D^2) (G). d2: squared pixels; distance: D, not 0."""
     return minimum + (1 - minimum) * torch.exp(-d2.float() / distance**2)
 
 
@@ -64,19 +60,23 @@ def eds_maps(batch: Batch, config: GeneralistConfig) -> tuple[Tensor, Tensor]:
     """EDS weights of the semantic and of the instance task, float32 (B, H, W) each.
 
     Where each stuff category is one segment, an edge of the panoptic map is an edge of one of the two tasks, so its
-    distances are the smaller ones.
+    distances are the smaller ones. D = 0: weight 1 everywhere. Raises TesseraError for a batch without distances.
     """
-    maps = batch.semantic_d2_BHW, batch.instance_d2_BHW
+    if config.eds_distance == 0:
+        return (torch.ones_like(batch.labels_BHW, dtype=torch.float32),) * 2
+    if batch.d2_BH2W is None:
+        raise TesseraError(f"samples {', '.join(batch.keys)}: EDS needs distances, and their shards have none")
+    semantic_d2_BHW, instance_d2_BHW = batch.d2_BH2W.unbind(2)
     if config.boundaries == "panoptic":
-        maps = (torch.minimum(*maps),) * 2
-    semantic_BHW, instance_BHW = (eds_weight(d2, config.eds_distance, config.eds_min) for d2 in maps)
-    return semantic_BHW, instance_BHW
+        semantic_d2_BHW = instance_d2_BHW = torch.minimum(semantic_d2_BHW, instance_d2_BHW)
+    distance, minimum = config.eds_distance, config.eds_min
+    return eds_weight(semantic_d2_BHW, distance, minimum), eds_weight(instance_d2_BHW, distance, minimum)
 
 
 def semantic_targets(batch: Batch, config: GeneralistConfig) -> SemanticTargets:
     """Gather categories to pixels, on the batch's device."""
-    classes_BHW = _to_pixels(batch.category_BN, batch)
-    return SemanticTargets(classes_BHW, eds_maps(batch, config)[0] * (classes_BHW != IGNORE))
+    classes_BHW = batch.classes_BHW
+    return SemanticTargets(classes_BHW, eds_maps(batch, config)[0] * (classes_BHW != VOID))
 
 
 def instance_targets(batch: Batch, config: GeneralistConfig) -> InstanceTargets:
@@ -84,7 +84,7 @@ def instance_targets(batch: Batch, config: GeneralistConfig) -> InstanceTargets:
     codes_BNX = encode(batch.centroid_BN2, batch.thing_BN, config)
     index_BPX = batch.labels_BHW.long().flatten(1)[..., None].expand(-1, -1, codes_BNX.shape[-1])
     dense_BXP = codes_BNX.gather(1, index_BPX).transpose(1, 2)
-    weight_BHW = eds_maps(batch, config)[1] * _to_pixels(counted(batch, config), batch)
+    weight_BHW = eds_maps(batch, config)[1] * batch.to_pixels(counted(batch, config))
     return InstanceTargets(codes_BNX, dense_BXP.unflatten(2, batch.labels_BHW.shape[1:]), weight_BHW)
 
 
@@ -102,8 +102,3 @@ def encode(centroids_BN2: Tensor, thing_BN: Tensor, config: GeneralistConfig) ->
         return torch.cat([share_BN2, torch.ones_like(share_BN2[..., :1])], -1) * thing_BN[..., None]
     cells_BN2 = (share_BN2 * config.cells).long().clamp(0, config.cells - 1)
     return torch.where(thing_BN[..., None], cells_BN2, config.cells)
-
-
-def _to_pixels(rows_BN: Tensor, batch: Batch) -> Tensor:
-    """A value per segment -> a value per pixel, (B, H, W)."""
-    return rows_BN.gather(1, batch.labels_BHW.long().flatten(1)).view(batch.labels_BHW.shape)

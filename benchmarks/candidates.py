@@ -1,7 +1,7 @@
 """Painter's instance decoding against ours, on the same network outputs.
 
-    python -m benchmarks.candidates                            # ideal outputs of coco_mini, about two minutes
-    python -m benchmarks.candidates STORE RUN RECIPE SPLIT-SET  # outputs of a trained run
+    python -m benchmarks.candidates                      # ideal outputs of coco_mini, about two minutes
+    python -m benchmarks.candidates STORE RUN SPLIT-SET  # outputs of a trained run
 
 G says that it decodes as Painter does; the rules are those of Painter's public code. Its open numbers, here:
 the threshold on the Euclidean distance between an output and a code is the distance between the codes of cells 4
@@ -39,13 +39,13 @@ from preprocessing.shards import read_set
 from preprocessing.source import Record
 from training.backbones.vit import VitConfig
 from training.batch import Example, collate
+from training.methods.base import Method
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.methods.generalist.decode import decode
 from training.methods.generalist.model import Generalist
 from training.methods.generalist.targets import embed, embed_xy, omegas
 from training.parts.assemble import Assembly
-from training.recipes import recipe
-from training.run import load_method
+from training.run import open_run
 
 COCO_MINI = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
 COMPARED, NOISES, GRIDS = 5, (0.0, 0.1, 0.3), (20, 40, 80, 160)
@@ -166,21 +166,15 @@ def ideal_outputs(
         yield Output(logits_BCHW[0].contiguous(), codes_BXHW[0].contiguous(), truth)
 
 
-def run_outputs(store_url: str, run: str, recipe_name: str, split_set: str) -> tuple[Iterator[Output], LabelTable]:
+def run_outputs(method: Method, store_url: str, split_set: str) -> Iterator[Output]:
     """What a trained run says of the images of a finished set of shards (docs/architecture.md names the paths)."""
     shards = read_set(open_store(store_url), split_set)
     if shards is None:
         sys.exit(f"{split_set}: no finished set on {store_url}")
-    method = load_method(recipe(recipe_name), shards.labels, store_url, run)
-
-    def each() -> Iterator[Output]:
-        for shard in shards.shards:
-            for sample in map(from_fields, read_shard_samples(store_url, shard)):
-                image_HW3 = torch.from_numpy(decode_image(sample.image, method.grid).copy())
-                logits_BCHW, codes_BXHW = method.predict(image_HW3.permute(2, 0, 1)[None])
-                yield Output(logits_BCHW[0].float(), codes_BXHW[0].float(), sample.panoptic)
-
-    return each(), shards.labels
+    for shard in shards.shards:
+        for sample in map(from_fields, read_shard_samples(store_url, shard)):
+            logits_BCHW, codes_BXHW = method.predict(method.inputs([decode_image(sample.image)]))
+            yield Output(logits_BCHW[0].float(), codes_BXHW[0].float(), sample.panoptic)
 
 
 def measure(outputs: Sequence[Output], decoder: Decoder, labels: LabelTable, config: GeneralistConfig) -> str:
@@ -227,13 +221,13 @@ def by_grid(records: Sequence[Record], labels: LabelTable) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if len(sys.argv) == 5:
-        outputs, labels = run_outputs(*sys.argv[1:])
-        config = recipe(sys.argv[3]).method
-        if not isinstance(config, GeneralistConfig) or config.encoding != "embedding":
-            sys.exit(f"{sys.argv[3]}: only embeddings of the generalist can be compared")
+    if len(sys.argv) == 4:
+        store_url, run, split_set = sys.argv[1:]
+        recipe, method = open_run(store_url, run)
+        if not isinstance(recipe.method, GeneralistConfig) or recipe.method.encoding != "embedding":
+            sys.exit(f"{recipe.name}: only embeddings of the generalist can be compared")
         print("| outputs | decoding | all | things | stuff | ms |")
-        compare_decoders(sys.argv[2], list(outputs), labels, config)
+        compare_decoders(run, list(run_outputs(method, store_url, split_set)), method.labels, recipe.method)
         return
     if not COCO_MINI.exists():
         print(f"candidates: skipped, needs {COCO_MINI}")

@@ -5,11 +5,11 @@ import torch
 from benchmarks.bars import bar, finish
 from preprocessing.labels import Category, LabelTable
 from training.recipe import Recipe
-from training.recipes import base_420, large_420
+from training.recipes.generalist import base_420, large_420
 
 COCO = LabelTable(tuple(Category(i + 1, str(i), i < 80, (0, 0, 0)) for i in range(133)))
 """As many things and stuff as COCO has; other benchmarks use it too."""
-PAPER = ((base_420(), 91.9e6), (large_420(), 310e6))
+PAPER = ((base_420, 91.9e6), (large_420, 310e6))
 
 
 def parameters(built: Recipe) -> int:
@@ -19,8 +19,9 @@ def parameters(built: Recipe) -> int:
 
 
 if __name__ == "__main__":
-    for built, papers in PAPER:
+    for make, papers in PAPER:
+        built = make()
         count = parameters(built)
         print(f"{built.name}: {count / 1e6:.2f}M parameters, the paper's {papers / 1e6:.1f}M")
-        bar(f"model_size.{built.name}_off_percent", abs(count / papers - 1) * 100, "at-most", 1.5)
+        bar(f"model_size.{make.__name__}_off_percent", abs(count / papers - 1) * 100, "at-most", 1.5)
     finish()

@@ -1,4 +1,4 @@
-"""A training step on whatever device there is: `python -m benchmarks.train_step [RECIPE ...]`.
+"""A training step on whatever device there is: `python -m benchmarks.train_step [METHOD/RECIPE ...]`.
 
 Prints, for each recipe, images/s of whole steps (forward, loss, backward, clipping, AdamW; batches are on the
 device already), peak memory, the FLOPs of an image, their share of what the device can do, and where the time
@@ -31,6 +31,7 @@ from training.batch import Batch, Example, collate
 from training.methods.base import Method
 from training.recipe import Recipe
 from training.recipes import recipe
+from training.recipes.generalist import base_420, coco_mini, demo, large_420, large_518
 
 SEGMENTS = 24
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -111,9 +112,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def flops_per_image(chosen: Recipe) -> float:
     """Of the network with all heads, forward and backward: matrix products and convolutions. Nothing is computed."""
-    assert chosen.shards.grid is not None
     with torch.device("meta"):
-        method, images = chosen.build(COCO), torch.zeros(1, 3, *chosen.shards.grid)
+        method, images = chosen.build(COCO), torch.zeros(1, 3, *chosen.trained)
     with FlopCounterMode(display=False) as counter:
         torch.stack([x.sum() for x in method.network(images)]).sum().backward()
     return counter.get_total_flops()
@@ -151,13 +151,11 @@ def step_of(bench: Bench) -> Callable[[], None]:
     return step
 
 
-def make(name: str, images: int, device: torch.device, channels_last: bool, compiled: bool) -> Bench:
+def make(chosen: Recipe, images: int, device: torch.device, channels_last: bool, compiled: bool) -> Bench:
     """A fresh method; the seed is fixed, so all variants compute the same."""
-    chosen = recipe(name)
     torch.manual_seed(0)
     method = chosen.build(COCO).to(device)
-    assert chosen.shards.grid is not None
-    batch = collate([scene(chosen.shards.grid, seed) for seed in range(images)]).to(device)
+    batch = collate([scene(chosen.trained, seed) for seed in range(images)]).to(device)
     if channels_last:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
@@ -165,22 +163,22 @@ def make(name: str, images: int, device: torch.device, channels_last: bool, comp
     return Bench(method.train(), batch, chosen, device)
 
 
-def report(name: str, device: torch.device) -> float:
+def report(chosen: Recipe, device: torch.device) -> float:
     """Print one recipe's table; images/s of the best variant."""
-    images = min(recipe(name).train.batch, recipe(name).train.micro_batch)
+    name, images = chosen.name, min(chosen.train.batch, chosen.train.micro_batch)
     rounds = 12 if device.type == "cuda" else 6  # a multiple of three: tasks alternate
     if device.type == "cpu":
         images = min(images, 8)
     rates = {}
     for variant, last, compiled in (("plain", False, False), ("channels-last", True, False), ("compiled", True, True)):
-        bench = make(name, images, device, last, compiled)
+        bench = make(chosen, images, device, last, compiled)
         step = step_of(bench)
         three = seconds(lambda step=step: [step() for _ in range(3)], device, rounds // 3)  # type: ignore[misc]
         rates[variant] = 3 * images / three
         print(
             f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {peak_memory_gib(device):.1f} GiB"
         )
-    bench = make(name, images, device, True, False)
+    bench = make(chosen, images, device, True, False)
     flops, peak, best = flops_per_image(bench.recipe), peak_flops(device, bench.recipe.train.bf16), max(rates.values())
     print(f"{name}: {flops / 1e9:.1f} GFLOP an image, {flops * best / peak:.1%} of {peak / 1e12:.2f} TFLOP/s")
     parts = {
@@ -200,14 +198,16 @@ def report(name: str, device: torch.device) -> float:
 
 
 def main(names: list[str]) -> None:
+    given = [recipe(*name.partition("/")[::2]) for name in names]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"device: {kind}, of {os.cpu_count()} cores, torch {torch.__version__}")
-    for name in ("base_420", "large_420", "large_518"):
-        print(f"{name}: {flops_per_image(recipe(name)) / 1e12:.3f} TFLOP an image, forward and backward, counted")
-    for name in names or (["base_420"] if device.type == "cuda" else ["demo", "coco_mini"]):
-        rate = report(name, device)
-        if device.type == "cuda" and name == "base_420":
+    for chosen in (base_420(), large_420(), large_518()):
+        flops = flops_per_image(chosen)
+        print(f"{chosen.name}: {flops / 1e12:.3f} TFLOP an image, forward and backward, counted")
+    for chosen in given or ([base_420()] if device.type == "cuda" else [demo(), coco_mini()]):
+        rate = report(chosen, device)
+        if device.type == "cuda" and chosen == base_420():
             bar("train_step.base_420_images_per_s", rate, "at-least", 150)
     finish()
 

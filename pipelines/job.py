@@ -13,11 +13,6 @@ from training.recipes import RECIPES, recipe
 SYNTHETIC = "synthetic"
 
 
-def _known(name: str) -> str:
-    recipe(name)
-    return name
-
-
 class TrainCoco(BaseModel):
     """Parameters of train-coco."""
 
@@ -36,10 +31,13 @@ class TrainCoco(BaseModel):
     storage: str = Field(
         ".tessera/store", description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*)."
     )
-    recipe: Annotated[str, AfterValidator(_known)] = Field(
+    method: str = Field(
+        "generalist", description="A method of training/methods.", json_schema_extra={"enum": [*RECIPES]}
+    )
+    recipe: str = Field(
         "demo",
-        description="Method, options and training; see training/recipes.py.",
-        json_schema_extra={"enum": [*RECIPES]},
+        description="A recipe of the method: options and training; see training/recipes.",
+        json_schema_extra={"enum": [*dict.fromkeys(name for named in RECIPES.values() for name in named)]},
     )
     epochs: PositiveFloat | None = Field(None, description="Passes over the train split, if not the recipe's.")
     options: dict[str, Any] = Field(
@@ -52,7 +50,7 @@ class TrainCoco(BaseModel):
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
 
     @model_validator(mode="after")
-    def _options_fit(self) -> "TrainCoco":
+    def _fits_together(self) -> "TrainCoco":
         self.resolved()
         return self
 
@@ -62,6 +60,6 @@ class TrainCoco(BaseModel):
         open_store(self.storage).check()
 
     def resolved(self) -> Recipe:
-        """The recipe with all that this job changes; TesseraError for options that it does not have."""
-        chosen = recipe(self.recipe).changed(self.options)
+        """The method's recipe with all that this job changes; TesseraError if there is no such recipe or option."""
+        chosen = recipe(self.method, self.recipe).changed(self.options)
         return chosen if self.epochs is None else chosen.lasting(self.epochs)

@@ -40,6 +40,10 @@ def resize_labels(labels_HW: NDArray[T], size: Size) -> NDArray[T]:
     height, width = labels_HW.shape
     if (height, width) == size:
         return labels_HW
-    rows = ((2 * np.arange(size[0]) + 1) * height) // (2 * size[0])
-    columns = ((2 * np.arange(size[1]) + 1) * width) // (2 * size[1])
+    rows, columns = sources(height, size[0]), sources(width, size[1])
     return np.ascontiguousarray(labels_HW[rows[:, None], columns])
+
+
+def sources(old: int, new: int, part: slice = slice(None)) -> NDArray[np.int64]:
+    """Along one axis: the source pixel of each of `new` pixels, or of a part of them, made of `old` ones."""
+    return ((2 * np.arange(new)[part] + 1) * old) // (2 * new)

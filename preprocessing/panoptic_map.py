@@ -57,6 +57,19 @@ def measured(labels_HW: NDArray[np.uint16], segments: Sequence[Segment]) -> list
     return tabulate(segments, *measure(labels_HW, len(segments)))
 
 
+def visible(
+    labels_HW: NDArray[np.uint16], segments: Sequence[Segment]
+) -> tuple[NDArray[np.uint16], tuple[Segment, ...]]:
+    """`measured`, without the segments that have no pixel: labels and ids are 1..N again."""
+    found = measured(labels_HW, segments)
+    kept = [s for s in found if s.area > 0]
+    if len(kept) == len(found):
+        return labels_HW, tuple(found)
+    renumber_N = np.zeros(len(found) + 1, np.uint16)
+    renumber_N[[s.id for s in kept]] = np.arange(1, len(kept) + 1)
+    return renumber_N[labels_HW], tuple(replace(s, id=i) for i, s in enumerate(kept, start=1))
+
+
 def tabulate(
     segments: Sequence[Segment],
     area_N: NDArray[np.int64],

@@ -4,7 +4,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from preprocessing.geometry import PADDING, Frame, Size, resize_labels
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
-from preprocessing.panoptic_map import PanopticMap, Segment, measured
+from preprocessing.panoptic_map import PanopticMap, Segment, visible
 from preprocessing.source import Record, usable
 
 SCHEMA_VERSION = 2
@@ -63,7 +63,8 @@ def make_sample(record: Record, labels: LabelTable, grid: Size | None, radius: i
     image = found.data
     if grid is not None and found.truth.size != grid:
         image = _to_jpeg(to_rgb(found.picture, grid))
-    labels_HW, segments = _on_grid(found.truth, grid or found.truth.size)
+    labels_HW = resize_labels(found.truth.ids.astype(np.uint16), grid or found.truth.size)
+    labels_HW, segments = visible(labels_HW, found.truth.segments)
     return Sample(
         record.image_id,
         record.image.name,
@@ -88,18 +89,6 @@ def semantic_groups(segments: tuple[Segment, ...]) -> NDArray[np.uint16]:
 def instance_groups(segments: tuple[Segment, ...]) -> NDArray[np.uint16]:
     """Group of each label, (segments + 1,), for the instance task: one per thing, 0 for stuff and void."""
     return np.array([0] + [s.id if s.is_thing else 0 for s in segments], np.uint16)
-
-
-def _on_grid(truth: PanopticMap, grid: Size) -> tuple[NDArray[np.uint16], tuple[Segment, ...]]:
-    """Labels and measured segments on the grid; segments that lose their last pixel are dropped."""
-    labels_HW = resize_labels(truth.ids.astype(np.uint16), grid)
-    segments = measured(labels_HW, truth.segments)
-    kept = [s for s in segments if s.area > 0]
-    if len(kept) == len(segments):
-        return labels_HW, tuple(segments)
-    renumber_N = np.zeros(len(segments) + 1, np.uint16)
-    renumber_N[[s.id for s in kept]] = np.arange(1, len(kept) + 1)
-    return renumber_N[labels_HW], tuple(replace(s, id=i) for i, s in enumerate(kept, start=1))
 
 
 def _to_jpeg(rgb_HW3: NDArray[np.uint8]) -> bytes:

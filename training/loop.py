@@ -92,7 +92,8 @@ def train(
     if config.compile:
         method.network.compile()
     images, passes = config.split_batch(place.world)
-    stream = BatchStream(shards, store_url, recipe.reader, images, place.rank, place.world, run.step * passes)
+    radius, start = math.ceil(recipe.method.distance_radius), run.step * passes
+    stream = BatchStream(shards, store_url, recipe.reader, images, place.rank, place.world, start, radius=radius)
     trained = _distributed(method, place)
     batches, meter, guard = load_batches(stream), _Meter(), _Guard(place.device)
     due = _report_steps(steps, config.checkpoints)

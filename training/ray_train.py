@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -51,7 +52,8 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
         log.info("trained already: %s", path)
         return finished
     images, passes = recipe.train.split_batch(workers)
-    BatchStream(train_set, store_url, recipe.reader, images, 0, workers)  # refuses too many readers here, not there
+    radius = math.ceil(recipe.method.distance_radius)
+    BatchStream(train_set, store_url, recipe.reader, images, 0, workers, radius=radius)  # refuses here, not there
     steps = recipe.train.steps(train_set.samples)
     share = f"{recipe.train.batch} images = {workers} workers x {passes} passes x {images} images"
     log.info("recipe %s: %d steps of %s", recipe.name, steps, share)

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from infra.errors import TesseraError
 from infra.store import open_store
+from preprocessing.kernels import MAX_RADIUS
 from preprocessing.sample import from_fields
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardSet
-from training.augment import Crop
+from training.augment import Crop, cropped
 from training.batch import Batch, Example, collate
 
 
@@ -35,7 +36,8 @@ class ReaderConfig:
     flip: bool = True
     """Mirror half of the samples left to right, at random."""
     crop: Crop | None = None
-    """Scale and cut each image at random; None: images as they lie in the shards."""
+    """Scale and cut each image at random; None: images as they lie in the shards. With a crop distances are measured
+    anew, so that the shards may hold images of any sizes and need no distances: ShardConfig(grid=None, radius=0)."""
     workers: int = 0
     """Reader processes per training worker; 0 reads in the training process."""
 
@@ -56,10 +58,18 @@ class BatchStream(IterableDataset[Batch]):
         rank: int = 0,
         world: int = 1,
         start_step: int = 0,
+        *,
+        radius: int = 0,
     ) -> None:
+        """radius: pixels up to which distances are measured after a crop, 0: none. Without a crop they are the shards'.
+
+        Raises TesseraError for fewer shards than readers, and for a radius beyond kernels.MAX_RADIUS.
+        """
         super().__init__()
+        if config.crop is not None and not 0 <= radius <= MAX_RADIUS:
+            raise TesseraError(f"reader: distances up to {radius} px; they are measured up to {MAX_RADIUS}")
         self.shards, self.config, self.batch = shards.shards, config, batch
-        self.rank, self.start_step = rank, start_step
+        self.rank, self.start_step, self.radius = rank, start_step, radius
         self.store = open_store(store_url)
         self.per_rank = max(1, config.workers)
         self.readers = world * self.per_rank
@@ -96,9 +106,13 @@ class BatchStream(IterableDataset[Batch]):
 
     def _example(self, fields: dict[str, bytes], epoch: int) -> Example:
         sample = from_fields(fields)
+        rng = np.random.default_rng([self.config.seed, epoch, sample.image_id])
         example = Example.of(f"{sample.image_id:012d}", sample)
-        coin = np.random.default_rng([self.config.seed, epoch, sample.image_id]).random()
-        return example.flipped() if self.config.flip and coin < 0.5 else example
+        if rng.random() < 0.5 and self.config.flip:
+            example = example.flipped()
+        if self.config.crop is None:
+            return example
+        return cropped(example, self.config.crop, rng, self.radius)  # last, so that padding stays where it is
 
 
 def epoch_shards(shards: tuple[Shard, ...], seed: int, epoch: int, reader: int, readers: int) -> list[Shard]:

@@ -89,6 +89,7 @@ class Recipe:
     """A method with its options, the shards it needs, and how it is trained."""
 
     name: str
+    """"<method>/<name>", as training.recipes has it: one over all methods, the same in reports and comparisons."""
     method: MethodConfig
     shards: ShardConfig
     train: TrainConfig
@@ -184,15 +185,18 @@ class Recipe:
 
 def _changed(config: Any, place: str, options: dict[str, Any]) -> Any:
     """A frozen dataclass with all options below `place` replaced at once: some are only allowed together."""
-    known = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
     changes: dict[str, Any] = {}
-    for name in dict.fromkeys(option.split(".")[0] for option in options):
-        if name not in known:
-            raise TesseraError(f"option '{place}{name}': there is none; there are {', '.join(sorted(known)) or 'none'}")
+    for name in _known(config, place, options):
         below = {o.removeprefix(f"{name}."): value for o, value in options.items() if o.startswith(f"{name}.")}
         value, types = getattr(config, name), get_type_hints(type(config))[name]
-        if dataclasses.is_dataclass(value) and isinstance(options.get(name), dict):
-            below = options[name] | below
+        nested = _kinds(types) and (below or isinstance(options.get(name), dict))
+        if nested:
+            below = (options.get(name) or {}) | below
+        if nested and value is None:
+            _known(_kinds(types)[0], f"{place}{name}.", below)
+            changes[name] = _typed(types, below, f"{place}{name}")
+            continue
+        if nested and name in options:
             value = _of_kind(value, types, below)
         elif name in options:
             value = _typed(types, options[name], f"{place}{name}")
@@ -200,10 +204,20 @@ def _changed(config: Any, place: str, options: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **changes)
 
 
+def _known(config: Any, place: str, options: dict[str, Any]) -> list[str]:
+    """The fields of a dataclass that the options are of. TesseraError for one that is none."""
+    known = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    names = list(dict.fromkeys(option.split(".")[0] for option in options))
+    for name in names:
+        if name not in known:
+            raise TesseraError(f"option '{place}{name}': there is none; there are {', '.join(sorted(known)) or 'none'}")
+    return names
+
+
 def _restored(types: Any, value: Any) -> Any:
     """A value of a field of these types; among several dataclasses it is the one with just these fields."""
     if isinstance(value, Mapping):
-        kinds = tuple(METHODS) if types is MethodConfig else get_args(types) or (types,)
+        kinds = tuple(METHODS) if types is MethodConfig else _kinds(types)
         kind = next((k for k in kinds if {f.name for f in dataclasses.fields(k)} == value.keys()), None)
         if kind is None:
             raise KeyError(f"no {' or '.join(k.__name__ for k in kinds)} has the fields {', '.join(sorted(value))}")
@@ -212,9 +226,14 @@ def _restored(types: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _kinds(types: Any) -> tuple[Any, ...]:
+    """The dataclasses among the types that a field may have."""
+    return tuple(kind for kind in get_args(types) or (types,) if dataclasses.is_dataclass(kind))
+
+
 def _of_kind(config: Any, types: Any, options: dict[str, Any]) -> Any:
     """`config`; where it lacks one of these options, the default of a kind that the field may be and that has all."""
-    for kind in (type(config), *get_args(types)):
+    for kind in (type(config), *_kinds(types)):
         if {option.split(".")[0] for option in options} <= {f.name for f in dataclasses.fields(kind)}:
             return config if isinstance(config, kind) else kind()
     return config

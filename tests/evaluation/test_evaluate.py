@@ -17,7 +17,7 @@ from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.finished_run import finished_run
 from tests.support.ray_local import ray_local  # noqa: F401
 from tests.support.shard_sets import make_set
-from training.recipes import debug
+from training.recipes.generalist import debug
 from training.run import TrainedRun, read_run
 
 IMAGES = 17

@@ -15,7 +15,7 @@ from preprocessing.validate import main as validate
 from tests.support.finished_run import finished_run
 from tests.support.ray_local import ray_local  # noqa: F401
 from tests.support.shard_sets import make_set
-from training.recipes import debug
+from training.recipes.generalist import debug
 from training.run import read_run
 
 playwright = pytest.importorskip("playwright.sync_api")

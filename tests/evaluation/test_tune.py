@@ -19,7 +19,7 @@ from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.shard_sets import make_set
 from training.loop import Place, train
 from training.recipe import Recipe
-from training.recipes import demo
+from training.recipes.generalist import demo
 from training.run import WEIGHTS
 
 RUN = "train/by-heart"

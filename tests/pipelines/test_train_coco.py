@@ -81,7 +81,6 @@ def check_against_panoptic_api(report, store, folder, coco, predictions):
 @pytest.mark.parametrize(
     ("job", "told"),
     [
-        ({"recipe": "nope"}, "unknown recipe 'nope'"),
         ({"bogus": 1}, "bogus"),
         ({"recipe": "debug", "workers": 3}, "does not divide among 3 workers"),
         ({"data": "/nowhere", "recipe": "debug"}, "/nowhere: not found"),
@@ -94,6 +93,19 @@ def test_a_bad_job_ends_with_one_clear_error(tmp_path, s3_env, job, told):
     assert run.returncode != 0
     assert told in output.strip().splitlines()[-1]
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("job", "told"),
+    [({"method": "nope"}, "unknown method 'nope'"), ({"recipe": "nope"}, "unknown recipe 'nope' of generalist")],
+)
+def test_a_method_or_recipe_that_there_is_not_is_refused_before_anything_starts(tmp_path, job, told):
+    run = run_flow(tmp_path, job)
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == 1
+    (line,) = output.splitlines()
+    assert line.startswith(f"error: {told}")
+    assert not [*tmp_path.iterdir()]  # neither server nor Ray, data or store
 
 
 def test_wrong_credentials_are_named(tmp_path, s3_env, monkeypatch):

@@ -11,7 +11,7 @@ from preprocessing.coco import read_index
 from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.shard_sets import make_set
 from training.recipe import Recipe
-from training.recipes import debug
+from training.recipes.generalist import debug
 from training.run import WEIGHTS
 
 

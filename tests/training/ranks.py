@@ -76,8 +76,7 @@ class NoisyRecipe(Recipe):
     """A recipe that trains Noisy."""
 
     def build(self, labels: LabelTable) -> Noisy:
-        assert self.shards.grid is not None
-        return Noisy(self.method, labels, self.shards.grid)
+        return Noisy(self.method, labels, self.evaluated)
 
 
 class Spoiled(Generalist):
@@ -102,8 +101,7 @@ class SpoiledRecipe(Recipe):
     silent: bool = False
 
     def build(self, labels: LabelTable) -> Spoiled:
-        assert self.shards.grid is not None
-        method = Spoiled(self.method, labels, self.shards.grid)
+        method = Spoiled(self.method, labels, self.evaluated)
         method.key, method.silent = self.key, self.silent
         return method
 

@@ -24,7 +24,7 @@ from training.backbones import AnyBackboneConfig, LiteConfig, PyramidConfig
 from training.export import FORMATS, METADATA, OPSET, Format, describe, largest_difference, main, serialise, trace
 from training.methods.base import Method
 from training.recipe import Recipe
-from training.recipes import debug, demo
+from training.recipes.generalist import debug, demo
 from training.run import open_run
 
 Network = Callable[[Tensor], list[Tensor]]

@@ -12,7 +12,7 @@ from tests.support.examples import batch_of, scenes, table, truth
 from training.batch import Batch
 from training.loop import Place, _Guard, _Meter, _Run, _step
 from training.recipe import Recipe
-from training.recipes import base_420, debug, demo
+from training.recipes.generalist import base_420, debug, demo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = Place(device=torch.device("cuda"))

@@ -14,7 +14,7 @@ from training.backbones.vit import VitConfig
 from training.batch import Example, collate
 from training.methods.generalist.config import GeneralistConfig
 from training.methods.generalist.model import Generalist
-from training.recipes import demo
+from training.recipes.generalist import demo
 
 COCO_MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
 TINY = VitConfig(patch=8, width=8, depth=4, heads=1, layers=(1, 2, 3, 4))

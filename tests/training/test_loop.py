@@ -26,7 +26,7 @@ from training.loop import NonFiniteLoss, Place, State, _Guard, _Run, train
 from training.methods.base import Method
 from training.reader import BatchStream, ReaderConfig
 from training.recipe import Recipe, TrainConfig
-from training.recipes import debug
+from training.recipes.generalist import debug
 
 
 def recipe_of(**changes) -> Recipe:

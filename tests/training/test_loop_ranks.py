@@ -10,7 +10,7 @@ from tests.training.ranks import Trained, noisy, spoiled, train_alone, train_ran
 from training.backbones import StemVitConfig
 from training.reader import BatchStream
 from training.recipe import Recipe
-from training.recipes import debug
+from training.recipes.generalist import debug
 
 
 def recipe_of(micro_batch: int, epochs: float = 6, **options) -> Recipe:

@@ -36,7 +36,7 @@ from training.methods.generalist.targets import (
     instance_targets,
     semantic_targets,
 )
-from training.recipes import debug
+from training.recipes.generalist import debug
 
 
 def config_of(**options: Any) -> GeneralistConfig:

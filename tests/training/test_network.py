@@ -13,7 +13,7 @@ from training.methods.generalist.config import GeneralistConfig
 from training.methods.generalist.model import Decoder, pixel_phases, rotate
 from training.methods.generalist.targets import embed_xy, omegas
 from training.recipe import Recipe
-from training.recipes import base_420, debug, demo, recipe
+from training.recipes.generalist import base_420, debug, demo
 
 COCO = table(80, 53)
 
@@ -116,9 +116,9 @@ def test_a_step_of_both_tasks_reaches_every_parameter_of_every_backbone(backbone
     assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("name", ["debug", "demo"])
-def test_a_head_that_is_not_asked_for_is_not_computed(name: str):
-    method = recipe(name).build(CATEGORIES).eval()
+@pytest.mark.parametrize("base", [debug(), demo()], ids=lambda base: base.name)
+def test_a_head_that_is_not_asked_for_is_not_computed(base: Recipe):
+    method = base.build(CATEGORIES).eval()
     images = batch_of(*scenes(1, method.grid)).images_B3HW
     with torch.inference_mode():
         logits, embedding = method.network(images)

@@ -1,13 +1,16 @@
 """A user's options of a recipe: what they change, and what is refused before any work."""
 
+from collections.abc import Callable
+
 import pytest
 
 from infra.errors import TesseraError
 from preprocessing.shards import ShardConfig
+from tests.support.every_recipe import every_recipe
 from training.backbones import LiteConfig, PyramidConfig, VitConfig
 from training.methods.generalist.config import DecodeConfig
 from training.recipe import Recipe
-from training.recipes import RECIPES, coco_mini, debug
+from training.recipes.generalist import coco_mini, debug
 
 TINY = VitConfig(patch=8, width=32, depth=4, heads=2, layers=(1, 2, 3, 4))
 
@@ -71,10 +74,10 @@ def test_a_wrong_option_is_refused_by_name(options: dict, told: str):
     [
         ({"method.backbone.heads": 3}, "does not divide among 3 heads"),
         ({"method.backbone.patch": 7}, "multiple of the patch or stride 7"),
-        ({"method.backbone.patch": 0}, "recipe debug: its network cannot be built"),
+        ({"method.backbone.patch": 0}, "recipe generalist/debug: its network cannot be built"),
         ({"method.backbone.depth": 0}, r"not in 1..0"),
         ({"shards.grid": [33, 33]}, r"grid \(33, 33\)"),
-        ({"method.backbone.width": -32}, "recipe debug: its network cannot be built"),
+        ({"method.backbone.width": -32}, "recipe generalist/debug: its network cannot be built"),
         ({"method.backbone.weights": "https://host/x.pth"}, "a source is hub:"),
         ({"method.backbone.weights": "/nowhere/x.pth"}, "/nowhere/x.pth"),
     ],
@@ -85,9 +88,9 @@ def test_a_network_that_cannot_be_is_refused_by_the_rehearsal(options: dict, tol
         debug().changed(options).rehearse()
 
 
-@pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES)
-def test_every_recipe_passes_its_rehearsal(make):
-    recipe: Recipe = make()
+@pytest.mark.parametrize("make", every_recipe())
+def test_every_recipe_passes_its_rehearsal(make: Callable[[], Recipe]):
+    recipe = make()
     weights = recipe.method.backbone.weights
     if weights and weights.startswith("hub:"):
         recipe = recipe.changed({"method.backbone.weights": None})

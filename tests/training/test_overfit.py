@@ -17,7 +17,7 @@ from training.batch import Example, collate
 from training.loop import Place, train
 from training.methods.base import Method
 from training.recipe import Recipe
-from training.recipes import coco_mini
+from training.recipes.generalist import coco_mini
 
 COCO_MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
 STEPS = 500

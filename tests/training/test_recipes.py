@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,48 +8,83 @@ import torch
 
 from infra.errors import TesseraError
 from preprocessing.geometry import Frame
+from tests.support.every_recipe import every_recipe
 from tests.support.examples import table
+from training import methods
 from training.augment import Crop
 from training.methods.generalist.config import GeneralistConfig
 from training.recipe import Recipe, TrainConfig
-from training.recipes import RECIPES, debug, demo, recipe
+from training.recipes import PUBLISHED, RECIPES, recipe
+from training.recipes.generalist import debug, demo
 
-ALL = pytest.mark.parametrize("name", RECIPES)
+ALL = pytest.mark.parametrize("make", every_recipe())
+Make = Callable[[], Recipe]
 
 
 @ALL
-def test_a_recipe_says_what_to_expect_where_and_what_was_measured(name: str):
-    said = " ".join((RECIPES[name].__doc__ or "").split())
+def test_a_recipe_says_what_to_expect_where_and_what_was_measured(make: Make):
+    said = " ".join((make.__doc__ or "").split())
     for word in ("Expected: ", "Hardware: ", "Measured: "):
         assert said.partition(word)[2].strip(), word
 
 
 @ALL
-def test_a_recipe_is_found_by_its_own_name(name: str):
-    assert recipe(name).name == name
-    assert recipe(name) == recipe(name)
+def test_a_recipe_is_found_by_its_own_name(make: Make):
+    method, name = make().name.split("/")
+    assert RECIPES[method][name] is make
+    assert recipe(method, name) == make()
 
 
 @ALL
-def test_a_recipe_builds_without_memory(name: str):
+def test_a_recipe_is_one_of_its_method(make: Make):
+    folder = f"training.methods.{make().name.split('/')[0]}."
+    assert type(make().method).__module__.startswith(folder)
+
+
+def test_the_methods_that_have_recipes_are_the_folders_of_training_methods():
+    folders = Path(methods.__file__).parent.iterdir()
+    assert RECIPES.keys() == {folder.name for folder in folders if any(folder.glob("*.py"))}
+
+
+def test_published_figures_are_those_of_recipes():
+    assert PUBLISHED["generalist/base_420"] == 48.6
+    assert PUBLISHED.keys() <= {make().name for named in RECIPES.values() for make in named.values()}
+
+
+@ALL
+def test_a_recipe_builds_without_memory(make: Make):
     with torch.device("meta"):
-        method = recipe(name).build(table(5, 3))
+        method = make().build(table(5, 3))
     assert all(p.is_meta for p in method.parameters())
-    assert method.grid == recipe(name).shards.grid
+    assert method.grid == make().evaluated.size
 
 
 @ALL
-def test_batches_of_a_recipe_divide_among_1_2_4_and_8_workers(name: str):
+def test_batches_of_a_recipe_divide_among_1_2_4_and_8_workers(make: Make):
+    train = make().train
     for workers in (1, 2, 4, 8):
-        if recipe(name).train.batch >= workers:
-            images, passes = recipe(name).train.split_batch(workers)
-            assert images * passes * workers == recipe(name).train.batch
+        if train.batch >= workers:
+            images, passes = train.split_batch(workers)
+            assert images * passes * workers == train.batch
 
 
-def test_an_unknown_recipe_is_answered_with_all_names():
+def test_an_unknown_method_is_answered_with_all_methods(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(RECIPES, "other", {"debug": debug})
+    with pytest.raises(TesseraError, match=f"unknown method 'nope'; there are {', '.join(RECIPES)}$"):
+        recipe("nope", "debug")
+
+
+def test_an_unknown_recipe_is_answered_with_those_of_the_method():
     with pytest.raises(TesseraError) as caught:
-        recipe("nope")
-    assert all(name in str(caught.value) for name in ["'nope'", *RECIPES])
+        recipe("generalist", "nope")
+    told = f"unknown recipe 'nope' of generalist; there are {', '.join(RECIPES['generalist'])}"
+    assert str(caught.value) == told
+
+
+def test_a_recipe_of_another_method_is_answered_with_that_method(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(RECIPES, "other", {"only": debug})
+    with pytest.raises(TesseraError, match=r"unknown recipe 'only' of generalist; .*; 'only' is a recipe of other$"):
+        recipe("generalist", "only")
 
 
 def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from infra.errors import TesseraError
 from preprocessing.geometry import Size
 from training.backbones.base import BackboneConfig, FrozenNorms
 from training.backbones.library import load_by_library, load_by_name, report_of
@@ -18,6 +19,17 @@ class PyramidConfig(BackboneConfig):
     """Feature maps at strides 4, 8, 16 and 32. Published weights: docs/backbones.md."""
 
     name: Literal["resnet-50", "swin-tiny", "swin-base", "pvt-v2-b0", "pvt-v2-b2", "pvt-v2-b5"] = "resnet-50"
+    dilations: tuple[int, ...] = ()
+    """Of a ResNet's last three blocks, whose stage then stays at stride 16 as its features do; DeepLab's: 2, 4, 8."""
+
+    def __post_init__(self) -> None:
+        if self.dilations and (self.name != "resnet-50" or len(self.dilations) != 3 or min(self.dilations) < 1):
+            raise TesseraError(f"backbone: dilations are for resnet-50, three from 1, not {self.dilations} {self.name}")
+
+    @property
+    def stride(self) -> int:
+        """See BackboneConfig."""
+        return 16 if self.dilations else 32
 
 
 def _resnet(options: dict[str, Any]) -> Any:
@@ -65,7 +77,9 @@ class Pyramid(FrozenNorms):
         build, options = _BUILD[config.name]
         self.net = build(options)
         self.channels = tuple(self.net.channels)
-        self.strides = (4, 8, 16, 32)
+        self.strides = (4, 8, 16, config.stride)
+        if config.dilations:
+            _dilate(self.net.encoder.stages[-1], config.dilations)
         self.depth = 4
 
     def features(self, normal_B3HW: Tensor) -> list[Tensor]:
@@ -80,6 +94,16 @@ class Pyramid(FrozenNorms):
     def load_state(self, state: State) -> LoadReport:
         """See Backbone."""
         return load_by_library(self.net, state, fresh=r"^hidden_states_norms\.")
+
+
+def _dilate(stage: Any, dilations: tuple[int, ...]) -> None:
+    """Let a stage of ResNet blocks keep the size of what it gets; its weights stay what they are."""
+    for block, dilation in zip(stage.layers, dilations, strict=True):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (dilation, dilation)
 
 
 @dataclass(frozen=True, kw_only=True)

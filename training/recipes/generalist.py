@@ -1,10 +1,9 @@
-"""The recipes by name. A docstring says what the run should reach, by which source, where, and what was measured."""
+"""Recipes of the generalist method. A docstring says what to expect, by which source, where, and what was measured."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 
-from infra.errors import TesseraError
 from preprocessing.shards import ShardConfig
 from training.backbones import LiteConfig, StemVitConfig, VitConfig
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
@@ -35,7 +34,7 @@ def base_420() -> Recipe:
 
     Expected: 48.6 PQ on val2017 (paper, table 1). Hardware: the paper's 8 A100, under 2 days. Measured: never.
     """
-    return _papers("base_420", _BASE, 420)
+    return _papers("generalist/base_420", _BASE, 420)
 
 
 def base_420_short() -> Recipe:
@@ -44,7 +43,7 @@ def base_420_short() -> Recipe:
     Expected: unknown, the paper has no short schedule. Hardware: 8 A100, about 3 hours (12/200 of the paper's time).
     Measured: never.
     """
-    return _papers("base_420_short", _BASE, 420, epochs=12, warmup_epochs=1)
+    return _papers("generalist/base_420_short", _BASE, 420, epochs=12, warmup_epochs=1)
 
 
 def large_420() -> Recipe:
@@ -52,7 +51,7 @@ def large_420() -> Recipe:
 
     Expected: 51.6 PQ on val2017 (paper). Hardware: not stated by the paper. Measured: never.
     """
-    return _papers("large_420", _LARGE, 420)
+    return _papers("generalist/large_420", _LARGE, 420)
 
 
 def large_518() -> Recipe:
@@ -61,7 +60,7 @@ def large_518() -> Recipe:
     Expected: 52.5 PQ on val2017 (paper; a later version says 55.1). Hardware: the paper's 8 H100, a little over 2
     days. Measured: never.
     """
-    return _papers("large_518", _LARGE, 518)
+    return _papers("generalist/large_518", _LARGE, 518)
 
 
 def _small_images(decode: DecodeConfig, distance: float) -> GeneralistConfig:
@@ -94,7 +93,7 @@ def coco_mini() -> Recipe:
     decode = DecodeConfig(grid=80, reach=12, min_area=5e-3, min_stuff_area=2e-2)  # by pipelines.tune on the train split
     small = _small_images(decode, distance=16.0)
     return Recipe(
-        name="coco_mini",
+        name="generalist/coco_mini",
         method=dataclasses.replace(small, backbone=LiteConfig(), decoder_widths=(160, 96, 64, 48, 32)),
         shards=ShardConfig(grid=(96, 96), radius=40, samples=20),
         train=TrainConfig(
@@ -117,7 +116,7 @@ def demo() -> Recipe:
     PQ 79.4, things 66.9, 7 minutes on cores that others used too (docs/results.md).
     """
     return Recipe(
-        name="demo",
+        name="generalist/demo",
         method=_small_images(DecodeConfig(grid=32, reach=6, min_area=3e-3), distance=8.0),
         shards=ShardConfig(grid=(64, 64), radius=20, samples=150),
         train=TrainConfig(batch=8, epochs=8, warmup_epochs=0.12, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
@@ -130,7 +129,7 @@ def debug() -> Recipe:
     Expected: nothing. Hardware: one CPU core, seconds. Measured: seconds, in every test run.
     """
     return Recipe(
-        name="debug",
+        name="generalist/debug",
         method=GeneralistConfig(
             backbone=VitConfig(patch=8, width=32, depth=4, heads=2, layers=(1, 2, 3, 4)),
             decoder_widths=(16, 16, 16, 16, 16),
@@ -146,11 +145,4 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 PUBLISHED: dict[str, float] = {"base_420": 48.6, "large_420": 51.6, "large_518": 52.5}
-"""PQ on COCO val2017 that the paper states for what a recipe mirrors (G, table 1), beside ours in comparisons."""
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe of that name; TesseraError listing all names if there is none."""
-    if name not in RECIPES:
-        raise TesseraError(f"unknown recipe {name!r}; there are {', '.join(sorted(RECIPES))}")
-    return RECIPES[name]()
+"""PQ on COCO val2017 that the paper states for what a recipe mirrors (G, table 1)."""

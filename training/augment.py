@@ -97,7 +97,7 @@ def _seen(example: Example, scaled: Size, corner: Size, size: Size, radius: int)
 
 
 def _image_part(image_HW3: NDArray[np.uint8], scaled: Size, part: tuple[slice, slice]) -> NDArray[np.uint8]:
-    """A part of the image resized as `sample.to_rgb` does it, within a grey level (noise: two), without most of the rest.
+    """A part of the image resized as `sample.to_rgb` does it, a photo's within a grey level, without the rest.
 
     Columns, then rows: in one call Pillow takes the order from the shape of the part, and each pass rounds and clips.
     Its box is in float32, so a value may be a level off; columns have none, as the second pass would make that two.

@@ -118,11 +118,11 @@ def off(left: np.ndarray, right: np.ndarray) -> int:
 
 
 def assert_same(found: Example, expected: Example) -> None:
-    """The image to two grey levels (noise of a few pixels: each of Pillow's two passes rounds and clips), the centroids
-    to a rounding, all else to the bit."""
+    """The image, which is noise, to a few grey levels: each of Pillow's passes clips, and it takes their order from the
+    shape. The centroids to a rounding, all else to the bit."""
     assert found.key == expected.key
     assert found.image_HW3.dtype == np.uint8
-    assert off(found.image_HW3, expected.image_HW3) <= 2
+    assert off(found.image_HW3, expected.image_HW3) <= 8
     np.testing.assert_array_equal(found.labels_HW, expected.labels_HW)
     np.testing.assert_array_equal(found.d2_H2W, expected.d2_H2W)
     assert found.d2_H2W.dtype == np.int16

@@ -88,7 +88,10 @@ class Example:
         width = self.labels_HW.shape[1]
         mirrored = tuple(_mirrored(segment, width) for segment in self.segments)
         d2_H2W = None if self.d2_H2W is None else self.d2_H2W[..., ::-1]
-        return Example(self.key, self.image_HW3[:, ::-1], self.labels_HW[:, ::-1], d2_H2W, mirrored)
+        image_HW3 = np.empty(self.image_HW3.shape, np.uint8)
+        for channel in range(3):  # one by one: a fifth of the time of all at once
+            image_HW3[..., channel] = self.image_HW3[:, ::-1, channel]
+        return Example(self.key, image_HW3, self.labels_HW[:, ::-1], d2_H2W, mirrored)
 
 
 def _mirrored(segment: Segment, width: int) -> Segment:

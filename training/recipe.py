@@ -163,9 +163,9 @@ class Recipe:
         two = LabelTable(tuple(Category(i, str(i), i == 1, (0, 0, 0)) for i in (1, 2)))
         try:
             with torch.device("meta"):
-                network = self.build(two).network
-                for size in {self.trained, self.evaluated.size}:
-                    network(torch.zeros(2, 3, *size))
+                network = self.build(two).to("meta").network  # after torch.compile some buffers are made elsewhere
+            for size in {self.trained, self.evaluated.size}:
+                network(torch.zeros(2, 3, *size, device="meta"))
         except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
             raise TesseraError(f"recipe {self.name}: its network cannot be built: {error}") from error
         if self.method.backbone.weights is None:

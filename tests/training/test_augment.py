@@ -120,7 +120,7 @@ def off(left: np.ndarray, right: np.ndarray) -> int:
 
 
 def assert_same(found: Example, expected: Example) -> None:
-    """The image to two grey levels, one of each of Pillow's passes, the centroids to a rounding, all else to the bit."""
+    """The image to two grey levels, one for each pass of Pillow's, centroids to a rounding, all else to the bit."""
     assert found.key == expected.key
     assert found.image_HW3.dtype == np.uint8
     assert off(found.image_HW3, expected.image_HW3) <= 2

@@ -1,4 +1,4 @@
-"""The method fits eight images of COCO: what it cannot fit, it cannot learn."""
+"""A method fits eight images of COCO: what it cannot fit, it cannot learn."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,12 @@ from infra.store import open_store
 from preprocessing.coco import read_index
 from preprocessing.sample import decode_image
 from preprocessing.shards import ShardConfig, ShardSet
+from tests.support.every_recipe import every_recipe
 from tests.support.shard_sets import make_set
 from training.batch import Example, collate
 from training.loop import Place, train
 from training.methods.base import Method
 from training.recipe import Recipe
-from training.recipes.generalist import coco_mini
 
 COCO_MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
 STEPS = 500
@@ -32,10 +32,8 @@ def eight(recipe: Recipe) -> Recipe:
         "train.lr": 3e-3,
         "reader.flip": False,
     }
-    return recipe.changed(
-        options
-        | {"train.weight_decay": 0, "shards.samples": 8, "method.decode.min_stuff_area": 0, "method.decode.min_area": 0}
-    )
+    nothing_dropped = {f"method.decode.{name}": 0 for name in vars(recipe.method.decode) if name.endswith("_area")}
+    return recipe.changed(options | nothing_dropped | {"train.weight_decay": 0, "shards.samples": 8})
 
 
 def shards(url: str, config: ShardConfig) -> ShardSet:
@@ -60,11 +58,12 @@ def pq(method: Method, url: str, own_size: ShardSet, on_grid: ShardSet | None) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_eight_images_are_fitted_to_nine_tenths_of_what_decoding_allows(tmp_path, record_property):
+@pytest.mark.parametrize("make", every_recipe("coco_mini"))
+def test_eight_images_are_fitted_to_nine_tenths_of_what_decoding_allows(make, tmp_path, record_property):
     if not COCO_MINI.exists():
         pytest.skip(f"needs {COCO_MINI}")
     torch.set_num_threads(2)
-    recipe, url = eight(coco_mini()), str(tmp_path)
+    recipe, url = eight(make()), str(tmp_path)
     train_set, own_size = shards(url, recipe.shards), shards(url, recipe.val_shards)
     method, _ = train(recipe, train_set, url, Place(), None, lambda *_: None)
     reached, ideal = pq(method, url, own_size, None), pq(method, url, own_size, train_set)

@@ -24,8 +24,8 @@ class DecodeConfig:
     """Share of the image's pixels under which a stuff segment becomes void (D: 2048 of 1024 x 2048 pixels)."""
 
     def __post_init__(self) -> None:
-        if not (self.window >= 1 and self.window % 2 and self.most >= 1 and 0 <= self.min_stuff_area < 1):
-            raise TesseraError(f"decode: window odd, most from 1, min_stuff_area in [0, 1): {self}")
+        if not (self.window >= 3 and self.window % 2 and self.most >= 1 and 0 <= self.min_stuff_area < 1):
+            raise TesseraError(f"decode: window odd and from 3, most from 1, min_stuff_area in [0, 1): {self}")
         if not 0 <= self.threshold < math.inf:
             raise TesseraError(f"decode: threshold {self.threshold} is no score")
 

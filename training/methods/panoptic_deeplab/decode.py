@@ -27,6 +27,9 @@ from training.parts.assemble import (
     refuse_infinite,
 )
 
+Centres = NDArray[np.float32]
+"""(K, 2): y, x in pixels of the grid, in reading order."""
+
 
 def decode(
     logits_BCHW: Tensor,
@@ -53,55 +56,77 @@ def decode(
 
 
 def decode_on_host(
-    logits_BCHW: Tensor, offset_B2HW: Tensor, centres: Sequence[Tensor], sizes: Sequence[Size], assembly: Assembly
+    logits_BCHW: Tensor, offset_B2HW: Tensor, centres: Sequence[Centres], sizes: Sequence[Size], assembly: Assembly
 ) -> list[PanopticMap]:
-    """Tensors on the CPU. centres: int64 (K, 2) an image, y then x."""
+    """Tensors on the CPU. centres: of find_centres, an image."""
     maps = []
     for logits_CHW, offset_2HW, centre_K2, size in zip(logits_BCHW, offset_B2HW, centres, sizes, strict=True):
         classes_HW = best_classes(logits_CHW.float().contiguous().numpy())
         thing_HW = assembly.labels.is_thing[classes_HW]
-        instances_HW = nearest_centres(offset_2HW.contiguous().numpy(), thing_HW, centre_K2.float().numpy())
+        instances_HW = nearest_centres(offset_2HW.contiguous().numpy(), thing_HW, centre_K2)
         maps.append(assemble(instances_HW, classes_HW, size, assembly))
     return maps
 
 
 def decode_on_device(
-    logits_BCHW: Tensor, offset_B2HW: Tensor, centres: Sequence[Tensor], sizes: Sequence[Size], assembly: Assembly
+    logits_BCHW: Tensor, offset_B2HW: Tensor, centres: Sequence[Centres], sizes: Sequence[Size], assembly: Assembly
 ) -> list[PanopticMap]:
     """The same on the tensors' device."""
     classes_BHW = logits_BCHW.argmax(1)
     thing_BHW = torch.from_numpy(assembly.labels.is_thing).to(classes_BHW.device)[classes_BHW]
     found = [
-        nearest_centres_on_device(offset_2HW, thing_HW, centre_K2.float())
+        nearest_centres_on_device(offset_2HW, thing_HW, centre_K2)
         for offset_2HW, thing_HW, centre_K2 in zip(offset_B2HW, thing_BHW, centres, strict=True)
     ]
     return assemble_on_device(torch.stack(found), classes_BHW, sizes, assembly)
 
 
-def find_centres(heat_HW: Tensor, config: DecodeConfig) -> Tensor:
-    """Places of the best peaks of a score map in reading order, y then x: int64 (K, 2), on the map's device.
+def find_centres(heat_HW: Tensor, config: DecodeConfig) -> Centres:
+    """Places of the best peaks of a score map in reading order, y then x: float32 (K, 2), on the host.
 
     A peak is over the threshold and the highest of its window. Of a plateau, pixels side by side with the same score
-    as bf16 and saturation make them, only the first in reading order is one (ours: else one object gets as many
-    centres as its peak has pixels).
+    as bf16 and the enlarging at the image's borders make them, only the first in reading order is one (ours: else one
+    object gets as many centres as its peak has pixels).
     """
     side = config.window
     rows_1HW = F.max_pool2d(heat_HW[None], (side, 1), 1, (side // 2, 0))
     peak_HW = (heat_HW == F.max_pool2d(rows_1HW, (1, side), 1, (0, side // 2))[0]) & (heat_HW > config.threshold)
-    marked_HW = F.pad(heat_HW.where(peak_HW, torch.nan), (1, 1, 1, 0), value=torch.nan)
-    height, width = heat_HW.shape
-    for y, x in ((0, 0), (0, 1), (0, 2), (1, 0)):  # the neighbours that come before
-        peak_HW = peak_HW & (heat_HW != marked_HW[y : y + height, x : x + width])
-    places_K = peak_HW.flatten().nonzero()[:, 0]
-    if len(places_K) > config.most:
-        best_K = heat_HW.flatten()[places_K].topk(config.most).indices
-        places_K = places_K[best_K.sort().values]
-    return torch.stack([places_K // width, places_K % width], 1)
+    place_N2 = peak_HW.nonzero()
+    score_N = heat_HW[place_N2[:, 0], place_N2[:, 1]].cpu().numpy()
+    on_host_N2 = place_N2.cpu().numpy()
+    first_N = first_of_regions(on_host_N2, heat_HW.shape[0], heat_HW.shape[1])
+    place_K2, score_K = on_host_N2[first_N], score_N[first_N]
+    best_K = np.sort(np.argsort(-score_K, kind="stable")[: config.most])
+    return place_K2[best_K].astype(np.float32)
+
+
+@njit(cache=True, nogil=True)
+def first_of_regions(place_N2: NDArray[np.int64], height: int, width: int) -> NDArray[np.bool_]:
+    """Which of these pixels, in reading order, are the first of their 8-connected region; bool (N,)."""
+    waiting_HW = np.zeros((height + 2, width + 2), np.bool_)
+    for y, x in place_N2:
+        waiting_HW[y + 1, x + 1] = True
+    first_N, stack_N2, found = np.zeros(len(place_N2), np.bool_), np.empty_like(place_N2), 0
+    for n in range(len(place_N2)):
+        if waiting_HW[place_N2[n, 0] + 1, place_N2[n, 1] + 1]:
+            first_N[n] = True
+            stack_N2[0], found = place_N2[n], 1
+            waiting_HW[place_N2[n, 0] + 1, place_N2[n, 1] + 1] = False
+        while found:
+            found -= 1
+            y, x = stack_N2[found, 0], stack_N2[found, 1]
+            for near_y in range(y, y + 3):  # of the padded map
+                for near_x in range(x, x + 3):
+                    if waiting_HW[near_y, near_x]:
+                        waiting_HW[near_y, near_x] = False
+                        stack_N2[found, 0], stack_N2[found, 1] = near_y - 1, near_x - 1
+                        found += 1
+    return first_N
 
 
 @njit(cache=True, nogil=True)
 def nearest_centres(
-    offset_2HW: NDArray[np.float32], thing_HW: NDArray[np.bool_], centre_K2: NDArray[np.float32]
+    offset_2HW: NDArray[np.float32], thing_HW: NDArray[np.bool_], centre_K2: Centres
 ) -> NDArray[np.int32]:
     """The centre that each pixel of a thing points nearest to, the first of equals; int32 (H, W)."""
     instances_HW = np.full(thing_HW.shape, NO_INSTANCE, np.int32)
@@ -118,13 +143,13 @@ def nearest_centres(
     return instances_HW
 
 
-def nearest_centres_on_device(offset_2HW: Tensor, thing_HW: Tensor, centre_K2: Tensor) -> Tensor:
+def nearest_centres_on_device(offset_2HW: Tensor, thing_HW: Tensor, centre_K2: Centres) -> Tensor:
     """nearest_centres on the tensors' device, int64 (H, W)."""
     y_H, x_W = (torch.arange(side, device=thing_HW.device) for side in thing_HW.shape)
     to_y_HW, to_x_HW = offset_2HW[0] + y_H[:, None], offset_2HW[1] + x_W
     least_HW = torch.full_like(to_y_HW, torch.inf)
     instances_HW = torch.full_like(thing_HW, NO_INSTANCE, dtype=torch.long)
-    for k, (y, x) in enumerate(centre_K2):  # one by one: no (K, H, W) is made
+    for k, (y, x) in enumerate(centre_K2.tolist()):  # one by one: no (K, H, W) is made
         d2_HW = (to_y_HW - y).square() + (to_x_HW - x).square()
         nearer_HW = d2_HW < least_HW
         least_HW, instances_HW = d2_HW.where(nearer_HW, least_HW), instances_HW.masked_fill(nearer_HW, k)

@@ -24,6 +24,8 @@ from training.parts.pisr import Relations
 
 Dense = tuple[Tensor, Tensor, Tensor]
 """Class logits (B, C, H, W), heat of centres (B, 1, H, W), offsets (B, 2, H, W), y then x."""
+_NO_PEAK = -1e4
+"""Under any score."""
 
 
 class PanopticDeeplab(Method):
@@ -127,20 +129,21 @@ def _enlarged(dense: Dense, size: Sequence[int]) -> Dense:
 def instance_heat(heat_B1HW: Tensor, offset_B2HW: Tensor, thing_B1HW: Tensor, config: PanopticDeeplabConfig) -> Tensor:
     """Heat maps of the K best centres, best first, float32 (B, K, H, W), for PISR.
 
-    1 - C |pixel + offset - centre|, not under 0, times the probability of things (PISR, section on encodings). A map
-    smaller than K pixels has empty ones at the end.
+    1 - C |pixel + offset - centre|, not under 0, times the probability of things (PISR, section on encodings). Where
+    there are fewer peaks than K, the last maps are empty.
     """
     assert config.pisr is not None
     height, width = heat_B1HW.shape[2:]
     score_BHW, offset_B2HW = heat_B1HW[:, 0].float(), offset_B2HW.float()
-    peak_BHW = score_BHW.where(score_BHW == F.max_pool2d(score_BHW, 3, 1, 1), -1e4)
-    best_BK = peak_BHW.flatten(1).topk(min(config.pisr.instances, height * width)).indices
+    peak_BHW = score_BHW.where(score_BHW == F.max_pool2d(score_BHW, 3, 1, 1), _NO_PEAK)
+    score_BK, best_BK = peak_BHW.flatten(1).topk(min(config.pisr.instances, height * width))
     y_H, x_W = (torch.arange(side, device=score_BHW.device) for side in (height, width))
     y_BHW, x_BHW = offset_B2HW[:, 0] + y_H[:, None], offset_B2HW[:, 1] + x_W
     dy_BKHW = y_BHW[:, None] - (best_BK // width)[..., None, None]
     dx_BKHW = x_BHW[:, None] - (best_BK % width)[..., None, None]
     distance_BKHW = (dy_BKHW.square() + dx_BKHW.square() + 1e-6).sqrt()  # its gradient at 0 is infinite without
     heat_BKHW = (1 - distance_BKHW / (config.heat_reach * max(height, width))).clamp(min=0) * thing_B1HW
+    heat_BKHW = heat_BKHW * (score_BK > _NO_PEAK)[..., None, None]
     missing = config.pisr.instances - best_BK.shape[1]
     return F.pad(heat_BKHW, (0, 0, 0, 0, 0, missing)) if missing else heat_BKHW
 

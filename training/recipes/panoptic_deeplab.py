@@ -102,7 +102,7 @@ def coco_mini() -> Recipe:
             small_area=92,
             hardest=1.0,
             offset_weight=0.1,
-            decode=DecodeConfig(window=5, min_stuff_area=2e-2),
+            decode=DecodeConfig(threshold=0.02, window=21, min_stuff_area=2e-2),  # by pipelines.tune, on the train split
         ),
         shards=ShardConfig(grid=(96, 96), radius=40, samples=20),
         train=TrainConfig(
@@ -146,7 +146,7 @@ def demo() -> Recipe:
             small_area=41,
             hardest=1.0,
             offset_weight=0.1,
-            decode=DecodeConfig(window=5),
+            decode=DecodeConfig(window=7),
         ),
         shards=ShardConfig(grid=(64, 64), radius=20, samples=150),
         train=TrainConfig(batch=8, epochs=8, warmup_epochs=0.12, lr=2e-3, betas=(0.9, 0.99), clip=5.0),

@@ -102,7 +102,7 @@ def coco_mini() -> Recipe:
             small_area=92,
             hardest=1.0,
             offset_weight=0.1,
-            decode=DecodeConfig(threshold=0.02, window=21, min_stuff_area=2e-2),  # by pipelines.tune, on the train split
+            decode=DecodeConfig(threshold=0.02, window=21, min_stuff_area=2e-2),  # by pipelines.tune, on train2017
         ),
         shards=ShardConfig(grid=(96, 96), radius=40, samples=20),
         train=TrainConfig(

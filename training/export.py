@@ -28,6 +28,7 @@ from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from infra.version import code_version
+from preprocessing.geometry import PADDING
 from training.methods.base import Method, Outputs
 from training.run import open_run
 
@@ -40,7 +41,12 @@ TOLERANCE = 1e-3
 INPUT = "images"
 METADATA = "metadata.json"
 """The extra file of a .pt2 that holds its metadata."""
-_IMAGES = "whole image squashed to the grid (bicubic, aspect ratio not kept), RGB 0-255; normalised inside"
+_INPUT = {
+    False: "whole image squashed to the grid (bicubic, aspect ratio not kept), RGB 0-255; normalised inside",
+    True: "whole image scaled to fit the grid (bicubic, aspect ratio kept) at its upper left, the rest of RGB "
+    f"{', '.join(map(str, PADDING))}; 0-255; normalised inside",
+}
+"""What to put in, by Frame.keep_aspect."""
 _ONNX_LIMIT = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB, the graph needs a little
 
 Facts = dict[str, Any]
@@ -100,14 +106,14 @@ def describe(method: Method) -> Facts:
     """What the file says of itself, ready for JSON; a category's position in `labels` is its channel and number."""
     outputs = _tensors(method.predict(torch.zeros(1, 3, *method.grid, dtype=torch.uint8)))
     described = zip(method.output_notes.items(), outputs, strict=True)
-    options = asdict(method.config)
+    options, keep_aspect = asdict(method.config), method.frame.keep_aspect
     options.pop("backbone")  # of no use to decoding, and its weights' URL is nobody's business
     return {
         "method": type(method).__name__,
         "options": options,
         "grid": list(method.grid),
         "labels": method.labels.to_coco(),
-        "input": {"name": INPUT, "dtype": "uint8", "shape": ["batch", 3, *method.grid], "what": _IMAGES},
+        "input": {"name": INPUT, "dtype": "uint8", "shape": ["batch", 3, *method.grid], "what": _INPUT[keep_aspect]},
         "outputs": {
             name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": ["batch", *value.shape[1:]], "what": note}
             for (name, note), value in described

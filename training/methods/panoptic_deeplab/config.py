@@ -71,9 +71,9 @@ class PanopticDeeplabConfig(MethodConfig):
     """Offsets are in pixels of the grid."""
     pisr: PisrConfig | None = None
     """Predict a second time from what relations between classes, instances and pixels add."""
-    heat_reach: float = 0.1
-    """PISR: an instance's heat is 1 where a pixel points at its centre and falls linearly to 0 at this share of the
-    grid's longer side away from it (the paper's constant C is the inverse; its value is not known to us)."""
+    heat_reach: float = 64.0
+    """PISR: an instance's heat is 1 where a pixel points at its centre and falls linearly to 0 this many pixels of the
+    grid away from it (the paper's constant C is the inverse; its value is not known to us)."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
@@ -87,8 +87,9 @@ class PanopticDeeplabConfig(MethodConfig):
         weights = (self.small_weight, self.centre_weight, self.offset_weight)
         if not all(0 <= weight < math.inf for weight in weights):
             raise TesseraError(f"panoptic_deeplab: weights must be finite and not negative: {weights}")
-        if not (0 < self.hardest <= 1 and 0 <= self.dropout < 1 and self.sigma > 0 and self.heat_reach > 0):
+        lengths = 0 < self.sigma < math.inf and 0 < self.heat_reach < math.inf and self.small_area >= 0
+        if not (0 < self.hardest <= 1 and 0 <= self.dropout < 1 and lengths):
             raise TesseraError(
                 f"panoptic_deeplab: hardest {self.hardest} in (0, 1], dropout {self.dropout} in [0, 1), sigma "
-                f"{self.sigma} and heat_reach {self.heat_reach} over 0"
+                f"{self.sigma} and heat_reach {self.heat_reach} over 0, small_area {self.small_area} from 0"
             )

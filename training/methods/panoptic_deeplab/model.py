@@ -120,9 +120,10 @@ class Network(nn.Module):
 
 
 def _enlarged(dense: Dense, size: Sequence[int]) -> Dense:
-    """Bilinear, to (height, width) `size`; offsets are lengths and grow too (D)."""
+    """Bilinear, to (height, width) `size`; offsets are lengths and grow too (D), in float32: bf16 has steps of 2 px."""
     stride_2 = [side / small for side, small in zip(size, dense[0].shape[-2:], strict=True)]
-    logits, heat, offset = (F.interpolate(x, list(size), mode="bilinear", align_corners=False) for x in dense)
+    given = (dense[0], dense[1].float(), dense[2].float())
+    logits, heat, offset = (F.interpolate(x, list(size), mode="bilinear", align_corners=False) for x in given)
     return logits, heat, offset * offset.new_tensor(stride_2).view(1, 2, 1, 1)
 
 
@@ -142,7 +143,7 @@ def instance_heat(heat_B1HW: Tensor, offset_B2HW: Tensor, thing_B1HW: Tensor, co
     dy_BKHW = y_BHW[:, None] - (best_BK // width)[..., None, None]
     dx_BKHW = x_BHW[:, None] - (best_BK % width)[..., None, None]
     distance_BKHW = (dy_BKHW.square() + dx_BKHW.square() + 1e-6).sqrt()  # its gradient at 0 is infinite without
-    heat_BKHW = (1 - distance_BKHW / (config.heat_reach * max(height, width))).clamp(min=0) * thing_B1HW
+    heat_BKHW = (1 - distance_BKHW * config.skip_strides[-1] / config.heat_reach).clamp(min=0) * thing_B1HW
     heat_BKHW = heat_BKHW * (score_BK > _NO_PEAK)[..., None, None]
     missing = config.pisr.instances - best_BK.shape[1]
     return F.pad(heat_BKHW, (0, 0, 0, 0, 0, missing)) if missing else heat_BKHW

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of what mirrors a paper, beside what the paper states: `python -m benchmarks.model_size`.
+"""Parameters and multiply-adds of what mirrors a paper, beside the paper's: `python -m benchmarks.model_size`.
 
 Multiply-adds are those of convolutions and matrix products of one image, by torch's own counter, on no device.
 Panoptic-DeepLab's 419.5 G and 575.0 G are from PISR's table, 1024 x 2048, Cityscapes' 19 categories. What is known of

@@ -104,7 +104,7 @@ def compare(found: Sequence[Evaluated]) -> list[Row]:
     varying = [n for n in names if any(one.options.get(n) != first.options.get(n) for one in found)]
     rows = []
     for number, one in enumerate(found, start=1):
-        differs = {name: one.options.get(name) for name in varying if name != "name"}
+        differs = {name: one.options[name] for name in varying if name in one.options and name != "name"}
         title = f"{number} {one.name}"
         rows.append(Row(title, one, differs, _differences(first, one), PUBLISHED.get(one.name)))
     return rows

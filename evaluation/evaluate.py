@@ -29,7 +29,6 @@ from training.run import load_method
 SCHEMA_VERSION = 2
 """Part of every evaluation's path: raise it when the same weights would score differently."""
 
-_BATCH = 16
 _OF_EACH = 4
 """Images of each kind in a gallery."""
 
@@ -88,7 +87,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
         return _from_json(json.loads(store.read(key)))
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
-    for samples in load_samples(job.store_url, job.shard):
+    for samples in load_samples(job.store_url, job.shard, method.images_at_once):
         outputs = method.predict(method.inputs([decode_image(sample.image) for sample in samples]))
         predictions = method.decode(outputs, [sample.panoptic.size for sample in samples])
         for sample, prediction in zip(samples, predictions, strict=True):
@@ -140,10 +139,10 @@ def draw_shard(job: EvalJob, image_ids: frozenset[int]) -> dict[int, dict[str, s
     return {s.image_id: _pictures(method, s) for s in samples if s.image_id in image_ids}
 
 
-def load_samples(store_url: str, shard: Shard) -> Iterator[list[Sample]]:
+def load_samples(store_url: str, shard: Shard, at_once: int = 16) -> Iterator[list[Sample]]:
     """The samples of a shard in batches."""
     fields = read_shard_samples(store_url, shard)
-    while chunk := [from_fields(f) for f in islice(fields, _BATCH)]:
+    while chunk := [from_fields(f) for f in islice(fields, at_once)]:
         yield chunk
 
 
@@ -160,7 +159,8 @@ def _pictures(method: Method, sample: Sample) -> dict[str, str]:
     pictures: dict[str, Picture] = {"image": image_HW3}
     pictures["ground truth"] = panoptic_overlay(image_HW3, sample.panoptic, method.labels)
     pictures["predicted panoptic"] = panoptic_overlay(image_HW3, prediction, method.labels)
-    pictures |= method.views(outputs)[0]
+    height, width = method.frame.inner(size)  # without the padding
+    pictures |= {title: view[:height, :width] for title, view in method.views(outputs)[0].items()}
     return {title: base64.b64encode(encode_png(picture, size)).decode() for title, picture in pictures.items()}
 
 

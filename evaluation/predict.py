@@ -81,9 +81,12 @@ class Predictor:
         return self.batch([read_image(image)])[0]
 
     def batch(self, images: Sequence[UserImage]) -> list[Prediction]:
-        """One pass of the network over all of them. Raises TesseraError where the network's output is not finite."""
-        sizes = [(image.rgb_HW3.shape[0], image.rgb_HW3.shape[1]) for image in images]
-        maps = self.method.segment(self.method.inputs([image.rgb_HW3 for image in images]), sizes)
+        """As many at once as the method takes. Raises TesseraError where the network's output is not finite."""
+        maps: list[PanopticMap] = []
+        for start in range(0, len(images), self.method.images_at_once):
+            pictures = [image.rgb_HW3 for image in images[start : start + self.method.images_at_once]]
+            sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+            maps += self.method.segment(self.method.inputs(pictures), sizes)
         return [
             Prediction(
                 image.rgb_HW3, panoptic, self.labels, image.notes, "" if panoptic.segments else self._why_empty(image)

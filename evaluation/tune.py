@@ -79,8 +79,8 @@ def tune(recipe: Recipe, run: str, val_set: ShardSet, store_url: str, images: in
 
 
 def _look(method: Method, store_url: str, val_set: ShardSet, images: int) -> Iterator[_Seen]:
-    left = images
-    for samples in (batch for shard in val_set.shards for batch in load_samples(store_url, shard)):
+    left, at_once = images, method.images_at_once
+    for samples in (batch for shard in val_set.shards for batch in load_samples(store_url, shard, at_once)):
         if not left:
             return
         taken = samples[:left]

@@ -1,6 +1,7 @@
 """The flow train-coco: annotations -> shards -> trained weights -> PQ report."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
     job = job.model_copy(update={"storage": open_store(job.storage).url})  # absolute: workers stand elsewhere
     with flow_logs():
         check_job(job)
-        root = find_data(job)
+        root = find_data(job, chosen)
         check_recipe(chosen)
         with ray_cluster.session(job.ray, job.workers if job.gpus else 0):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
@@ -55,13 +56,18 @@ def check_job(job: TrainCoco) -> None:
 
 
 @step
-def find_data(job: TrainCoco) -> Path:
-    """The data set's folder; the synthetic one is written where it is not there yet."""
+def find_data(job: TrainCoco, chosen: Recipe) -> Path:
+    """The data set's folder; the synthetic one is written where it is not there yet.
+
+    Refuses splits that do not belong together, and a train split of fewer shards than there will be readers.
+    """
     root = data_root(job)
     train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
     if train_index.labels != val_index.labels:  # weights know categories by their place in the table
         differ = train_index.labels.difference(val_index.labels)
         raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories: {differ}")
+    shards = math.ceil(len(train_index.records) / chosen.shards.samples)
+    chosen.reader.refuse_few_shards(shards, job.workers)
     return root
 
 

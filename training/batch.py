@@ -31,7 +31,7 @@ class Batch:
     """uint8, or int32 where a sample has more than 255 segments; 0 = void."""
     d2_BH2W: Tensor | None
     """int16, squared pixels to the nearest boundary between categories, and to the nearest border of a thing, clipped;
-    None where the method reads no distances (MethodConfig.distance_radius)."""
+    None where neither the shards nor the crops have any."""
     category_BN: Tensor
     """int64, contiguous id."""
     thing_BN: Tensor

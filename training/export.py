@@ -10,6 +10,7 @@ exit code: 0 written, 1 refused
 import argparse
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ log = logging.getLogger("tessera.export")
 OPSET = 20
 """Of the ONNX files; onnxruntime reads it from 1.17 on."""
 TOLERANCE = 1e-3
-"""Most that any output may differ from the run's own, absolute."""
+"""Most that any output may differ from the run's own, as a share of its largest value; of 1 where that is less."""
 INPUT = "images"
 METADATA = "metadata.json"
 """The extra file of a .pt2 that holds its metadata."""
@@ -138,14 +139,21 @@ def serialise(program: ExportedProgram, facts: Facts, form: Format) -> bytes:
 
 
 def largest_difference(method: Method, network: Network) -> float:
-    """Between the outputs of `network` and of the method's own, on a batch of one and one of three random images."""
+    """Between the outputs of `network` and of the method's own, on a batch of one and one of three random images; as
+    TOLERANCE says."""
     generator, found = torch.Generator().manual_seed(0), []
     for count in (1, 3):
         images_B3HW = torch.randint(0, 256, (count, 3, *method.grid), dtype=torch.uint8, generator=generator)
         with torch.no_grad():
             pairs = zip(network(images_B3HW), _tensors(method.predict(images_B3HW)), strict=True)
-            found += [(a - b).abs().max() if a.shape == b.shape else torch.inf for a, b in pairs]
+            found += [_apart(a, b) for a, b in pairs]
     return float(torch.tensor(found).max())  # a NaN stays one
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return math.inf
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
 
 
 def _to_onnx(program: ExportedProgram, facts: Facts) -> bytes:

@@ -188,7 +188,7 @@ def _step(
             (torch.stack(list(losses.values())).sum() / passes).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=place.device)) + value.detach() / passes
-    norm = nn.utils.clip_grad_norm_(run.method.parameters(), run.config.clip)
+    norm = nn.utils.clip_grad_norm_(run.method.parameters(), run.config.clip or math.inf)
     guard.watch(run.step, norm, sums, keys)  # after the exchange of gradients, so that all ranks see the same
     run.advance(norm)
     return sums, norm

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing.kernels import MAX_RADIUS
 from preprocessing.sample import from_fields
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardSet
@@ -45,6 +44,15 @@ class ReaderConfig:
         if self.shuffle < 1 or self.workers < 0:
             raise TesseraError(f"reader: a shuffle buffer of {self.shuffle} samples, {self.workers} processes")
 
+    def refuse_few_shards(self, shards: int, world: int) -> None:
+        """Raise TesseraError where some reader of `world` training workers would have no shard."""
+        readers = max(1, self.workers)
+        if shards < world * readers:
+            raise TesseraError(
+                f"reader: {shards} shards for {world * readers} readers ({world} training workers x {readers}); use "
+                "fewer workers or smaller shards (shards.samples)"
+            )
+
 
 class BatchStream(IterableDataset[Batch]):
     """The endless batches of one rank, from `start_step` on."""
@@ -63,21 +71,15 @@ class BatchStream(IterableDataset[Batch]):
     ) -> None:
         """radius: pixels up to which distances are measured after a crop, 0: none. Without a crop they are the shards'.
 
-        Raises TesseraError for fewer shards than readers, and for a radius beyond kernels.MAX_RADIUS.
+        Raises TesseraError for fewer shards than readers.
         """
         super().__init__()
-        if config.crop is not None and not 0 <= radius <= MAX_RADIUS:
-            raise TesseraError(f"reader: distances up to {radius} px; they are measured up to {MAX_RADIUS}")
         self.shards, self.config, self.batch = shards.shards, config, batch
         self.rank, self.start_step, self.radius = rank, start_step, radius
         self.store = open_store(store_url)
         self.per_rank = max(1, config.workers)
         self.readers = world * self.per_rank
-        if len(self.shards) < self.readers:
-            raise TesseraError(
-                f"reader: {len(self.shards)} shards for {self.readers} readers ({world} training workers x "
-                f"{self.per_rank}); use fewer workers or smaller shards"
-            )
+        config.refuse_few_shards(len(self.shards), world)
 
     def __iter__(self) -> Iterator[Batch]:
         """Worker w of a DataLoader serves every per_rank-th step, so after a resume they change places."""

@@ -11,6 +11,7 @@ import torch
 from infra import artifacts
 from infra.errors import TesseraError
 from preprocessing.geometry import Frame, Size
+from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import ShardConfig
 from training.backbones import build_backbone
@@ -41,8 +42,8 @@ class TrainConfig:
     layer_decay: float = 1.0
     """Each layer of the backbone learns at this share of the rate of the layer above; 1: all alike."""
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    """Largest gradient norm."""
+    clip: float | None = 1.0
+    """Largest gradient norm; None: any."""
     ema: float = 0.0
     """Decay per step of the moving average of the weights that evaluation uses; 0: none."""
     micro_batch: int = 32
@@ -56,8 +57,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = min(self.batch, self.micro_batch, self.checkpoints) >= 1 and min(self.epochs, self.lr, self.clip) > 0
-        finite = math.isfinite(self.epochs + self.lr + self.clip + self.weight_decay)
+        positive = min(self.batch, self.micro_batch, self.checkpoints) >= 1 and min(self.epochs, self.lr) > 0
+        finite = math.isfinite(self.epochs + self.lr + self.weight_decay)
+        positive = positive and (self.clip is None or 0 < self.clip < math.inf)
         if not (positive and finite and self.weight_decay >= 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise TesseraError(f"train config: batch, epochs, lr, clip, ... must be positive: {self}")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -102,10 +104,11 @@ class Recipe:
             raise TesseraError(f"recipe {self.name}: training needs shards of one grid, or a crop of all images")
         if self.shards.grid is None and self.frame is None:
             raise TesseraError(f"recipe {self.name}: shards of the images' own sizes say no frame for evaluation")
-        if self.reader.crop is None and self.method.distance_radius > self.shards.radius:
+        exact = self.shards.radius if self.reader.crop is None else MAX_RADIUS
+        if self.method.distance_radius > exact:
             raise TesseraError(
-                f"recipe {self.name}: the method needs distances up to {self.method.distance_radius:g} px, the "
-                f"shards are exact up to {self.shards.radius}"
+                f"recipe {self.name}: the method needs distances up to {self.method.distance_radius:g} px, they are "
+                f"exact up to {exact}"
             )
 
     @classmethod
@@ -173,11 +176,12 @@ class Recipe:
         return build_backbone(self.method.backbone, self.evaluated.size).load_pretrained()
 
     def run_path(self, train_set: str) -> str:
-        """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor of its path.
+        """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor is the recipe's name.
 
         Reads the pretrained weights' file, whose content is; TesseraError where there is none.
         """
         facts: dict[str, Any] = dataclasses.asdict(self) | {"version": self.method.version}
+        facts.pop("name")
         facts["method"].pop("decode")
         facts["method"]["backbone"]["weights"] = fingerprint(self.method.backbone.weights)
         return artifacts.step_path("train", SCHEMA_VERSION, facts, [train_set])

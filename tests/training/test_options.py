@@ -60,7 +60,7 @@ def test_a_backbone_of_another_kind_takes_the_place_of_the_recipes():
         ({"method.decoder_widths": [16, 16, 16, 16, 0]}, "decoder_widths must be at least 1"),
         ({"reader.workers": -1}, "-1 processes"),
         ({"train.betas": [2, 3]}, r"betas=\(2.0, 3.0\)"),
-        ({"method.eds_distance": 200}, "distances up to 500 px, the shards are exact up to 10"),
+        ({"method.eds_distance": 200}, "distances up to 500 px, they are exact up to 10"),
     ],
     ids=str,
 )

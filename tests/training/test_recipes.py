@@ -14,7 +14,7 @@ from training import methods
 from training.augment import Crop
 from training.methods.generalist.config import GeneralistConfig
 from training.recipe import Recipe, TrainConfig
-from training.recipes import PUBLISHED, RECIPES, recipe
+from training.recipes import PUBLISHED, RECIPES, generalist, panoptic_deeplab, recipe
 from training.recipes.generalist import debug, demo
 
 ALL = pytest.mark.parametrize("make", every_recipe())
@@ -68,6 +68,17 @@ def test_batches_of_a_recipe_divide_among_1_2_4_and_8_workers(make: Make):
             assert images * passes * workers == train.batch
 
 
+@pytest.mark.parametrize(
+    ("images", "make"),
+    [(118_287, recipe_of) for recipe_of in (generalist.base_420, panoptic_deeplab.coco)]
+    + [(2975, panoptic_deeplab.cityscapes)],
+    ids=["base_420", "coco", "cityscapes"],
+)
+def test_the_papers_sets_make_a_shard_for_every_reader_of_eight_workers(images: int, make: Make):
+    made = make()
+    made.reader.refuse_few_shards(images // made.shards.samples, 8)
+
+
 def test_an_unknown_method_is_answered_with_all_methods(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(RECIPES, "other", {"debug": debug})
     with pytest.raises(TesseraError, match=f"unknown method 'nope'; there are {', '.join(RECIPES)}$"):
@@ -111,7 +122,7 @@ def another(value: Any) -> Any:
         case bool():
             return not value
         case int():
-            return value + 1
+            return 3 * value or 1
         case float():
             return 0.75 * value or 0.25
         case str() if value in NEIGHBOURS:
@@ -132,13 +143,19 @@ def changed(config: Any, path: tuple[str, ...]) -> Any:
 
 def options(base: Recipe) -> list:
     """But for weights, whose value is what the file holds, and what the other options of this recipe exclude."""
-    refused = {"weights", *(("encoding",) if base.method.relative else ())}
+    refused = {"weights", "name", *(("encoding",) if getattr(base.method, "relative", False) else ())}
     return [pytest.param(base, p, id=f"{base.name}-{'.'.join(p)}") for p in leaves(base) if p[-1] not in refused]
 
 
-@pytest.mark.parametrize(("base", "path"), options(debug()) + options(demo()))
+@pytest.mark.parametrize(("base", "path"), options(debug()) + options(demo()) + options(panoptic_deeplab.debug_pisr()))
 def test_a_runs_path_depends_on_every_option_but_those_of_decoding(base: Recipe, path: tuple[str, ...]):
     assert (changed(base, path).run_path("set") == base.run_path("set")) == (path[:2] == ("method", "decode"))
+
+
+def test_a_runs_path_does_not_depend_on_the_recipes_name():
+    assert dataclasses.replace(debug(), name="generalist/other").run_path("set") == debug().run_path("set")
+    given = panoptic_deeplab.debug().changed({"method.pisr": {"instances": 5, "channels": 16}})
+    assert given.run_path("set") == panoptic_deeplab.debug_pisr().run_path("set")
 
 
 def test_a_runs_path_depends_on_the_train_set_and_only_on_values():

@@ -65,6 +65,11 @@ class Method(nn.Module, ABC):
         return self.frame.size
 
     @property
+    def images_at_once(self) -> int:
+        """Images of a batch in evaluation: 16 of up to 512 x 512 pixels, fewer of larger ones."""
+        return max(1, min(16, 2**22 // (self.grid[0] * self.grid[1])))
+
+    @property
     def backbone(self) -> Backbone:
         """The network's encoder."""
         return self.network.backbone
@@ -87,7 +92,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def views(self, outputs: Outputs) -> list[dict[str, Picture]]:
-        """What the network said before decoding, as pictures by title, a dict an image; for reports."""
+        """What the network said before decoding, as pictures of the grid by title, a dict an image; for reports."""
 
     @abstractmethod
     def ideal(self, batch: Batch) -> Outputs:

@@ -1,5 +1,6 @@
 """Panoptic-DeepLab: one encoder, a decoder and heads for each task (D); with PISR, heads once more on its features."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -131,12 +132,17 @@ def instance_heat(heat_B1HW: Tensor, offset_B2HW: Tensor, thing_B1HW: Tensor, co
     """Heat maps of the K best centres, best first, float32 (B, K, H, W), for PISR.
 
     1 - C |pixel + offset - centre|, not under 0, times the probability of things (PISR, section on encodings). Where
-    there are fewer peaks than K, the last maps are empty.
+    there are fewer peaks than K, the last maps are empty. A plateau is one peak (ours; find_centres knows any shape).
     """
     assert config.pisr is not None
     height, width = heat_B1HW.shape[2:]
     score_BHW, offset_B2HW = heat_B1HW[:, 0].float(), offset_B2HW.float()
-    peak_BHW = score_BHW.where(score_BHW == F.max_pool2d(score_BHW, 3, 1, 1), _NO_PEAK)
+    around_BHW = F.pad(score_BHW, (1, 1, 1, 1), value=_NO_PEAK)
+    peak_BHW = score_BHW
+    for y, x in itertools.product(range(3), range(3)):  # higher than those before it, not lower than those after
+        near_BHW = around_BHW[:, y : y + height, x : x + width]
+        higher_BHW = score_BHW > near_BHW if (y, x) < (1, 1) else score_BHW >= near_BHW
+        peak_BHW = peak_BHW.where(higher_BHW, _NO_PEAK)
     score_BK, best_BK = peak_BHW.flatten(1).topk(min(config.pisr.instances, height * width))
     y_H, x_W = (torch.arange(side, device=score_BHW.device) for side in (height, width))
     y_BHW, x_BHW = offset_B2HW[:, 0] + y_H[:, None], offset_B2HW[:, 1] + x_W

@@ -48,7 +48,7 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class UserImage:
-    """A picture as the network will see it, before it is squashed to the network's grid."""
+    """A picture as the network will see it, before it comes onto the network's grid."""
 
     rgb_HW3: Picture
     notes: tuple[str, ...] = ()

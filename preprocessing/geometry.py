@@ -20,7 +20,7 @@ class Frame:
     size: Size
     """Of the grid."""
     keep_aspect: bool = False
-    """False: squashed to the whole grid, as G does. True: scaled until one side fits, at the upper left; the rest of
+    """False: squashed to the whole grid, as the generalist's paper does. True: scaled until one side fits, at the upper left; the rest of
     the grid is padding, which belongs to no segment."""
 
     def inner(self, image: Size) -> Size:

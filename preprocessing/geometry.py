@@ -20,8 +20,8 @@ class Frame:
     size: Size
     """Of the grid."""
     keep_aspect: bool = False
-    """False: squashed to the whole grid, as the generalist's paper does. True: scaled until one side fits, at the upper left; the rest of
-    the grid is padding, which belongs to no segment."""
+    """False: squashed to the whole grid, as the generalist's paper does. True: scaled until one side fits, at the upper
+    left; the rest of the grid is padding, which belongs to no segment."""
 
     def inner(self, image: Size) -> Size:
         """The part of the grid, from its upper left, that an image of this (height, width) fills."""

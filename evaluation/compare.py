@@ -94,6 +94,29 @@ class Row:
     published: float | None
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """Runs that differ in their seeds alone."""
+
+    name: str
+    """Of their recipe."""
+    runs: tuple[Row, ...]
+
+    def over_seeds(self, measure: str, group: str) -> tuple[float, float] | None:
+        """Mean and standard deviation over the runs of a figure of the summary; None where a run has none."""
+        found = [run.evaluated.summary[measure][group] for run in self.runs]
+        return None if None in found else (float(np.mean(found)), float(np.std(found, ddof=1)))
+
+
+def repeated(rows: Sequence[Row]) -> list[Repeated]:
+    """The runs by all of their options but name and seeds, where at least two are alike."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        own = {n: v for n, v in row.evaluated.options.items() if n != "name" and not n.endswith(".seed")}
+        alike.setdefault(json.dumps(own, sort_keys=True), []).append(row)
+    return [Repeated(found[0].evaluated.name, tuple(found)) for found in alike.values() if len(found) > 1]
+
+
 def compare(found: Sequence[Evaluated]) -> list[Row]:
     """TesseraError unless all are of the same images and categories."""
     first = found[0]
@@ -160,6 +183,7 @@ def _pictures(rows: Sequence[Row], sample: Sample, predictions: Sequence[Panopti
 def to_html(rows: Sequence[Row]) -> str:
     """One file that opens from disk without a network."""
     labels = rows[0].evaluated.val_set.labels
+    named = {name: sum(name in row.differs for row in rows) for row in rows for name in row.differs}
     tables = [category_rows(labels, row.evaluated.summary) for row in rows]
     categories = [
         {**same[0], "values": [one["pq"] for one in same], "spread": _spread([one["pq"] for one in same])}
@@ -172,6 +196,10 @@ def to_html(rows: Sequence[Row]) -> str:
         "compare.html",
         title=f"{len(rows)} runs on the same {len(rows[0].evaluated.table.image_ids)} images",
         rows=rows,
+        repeated=repeated(rows),
+        shared=[name for name in sorted(named) if named[name] == len(rows)],
+        own=[name for name in sorted(named) if named[name] < len(rows)],
+        seeded=[*(("pq", group) for group in GROUPS), ("boundary", "all"), ("agnostic", "pq")],
         groups=GROUPS,
         sizes=plots.sizes({row.title: row.evaluated.summary["sizes"] for row in rows}),
         categories=categories,

@@ -15,6 +15,7 @@ from preprocessing.validate import main as validate
 from tests.support.finished_run import finished_run
 from tests.support.ray_local import ray_local  # noqa: F401
 from tests.support.shard_sets import make_set
+from training.recipes import panoptic_deeplab
 from training.recipes.generalist import debug
 from training.run import read_run
 
@@ -25,13 +26,13 @@ pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is no
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, ray_local) -> dict[str, Path]:  # noqa: F811
-    """A report, a comparison of two runs, and what validate says of their data."""
+    """A report, a comparison of two seeds of one recipe and another method, and what validate says of their data."""
     folder = tmp_path_factory.mktemp("pages")
     store, urls = open_store(str(folder / "store")), []
     root = write_set(folder, SyntheticConfig(train=14, val=2, size=(40, 48), seed=5))
     index = read_index(root, "train2017")
     shards = make_set(store, index, ShardConfig(radius=0, samples=7))
-    for recipe in (debug(), debug().changed({"train.seed": 1})):
+    for recipe in (debug(), debug().changed({"train.seed": 1}), panoptic_deeplab.debug_crop()):
         run = finished_run(folder, store.url, recipe).removeprefix(f"{store.url}/")
         trained = read_run(store.url, run)
         assert trained is not None
@@ -87,3 +88,15 @@ def test_a_click_sorts_the_categories_and_another_turns_them_round(opened):
         assert once == twice[::-1] or len(set(once)) < len(once)
         values = [text if column < 2 else float(text) if text != "-" else -1.0 for text in once]
         assert values in (sorted(values), sorted(values, reverse=True))
+
+
+@pytest.mark.parametrize("opened", ["compare"], indirect=True)
+def test_runs_that_differ_in_seeds_alone_are_averaged(opened):
+    tables = opened.locator("table")
+    runs = [row.locator("td").all_inner_texts() for row in tables.nth(0).locator("tr").all()[1:]]
+    assert [run[0] for run in runs] == ["1 generalist/debug", "2 generalist/debug", "3 panoptic_deeplab/debug_crop"]
+    (averaged,) = [row.locator("td").all_inner_texts() for row in tables.nth(1).locator("tr").all()[1:]]
+    assert averaged[:2] == ["generalist/debug", "2"]
+    for shown, column in zip(averaged[2:5], (1, 3, 5), strict=True):
+        assert float(shown.split()[0]) == pytest.approx((float(runs[0][column]) + float(runs[1][column])) / 2, abs=0.11)
+    assert "options that only some have" in opened.locator("details summary").inner_text()

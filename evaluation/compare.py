@@ -64,6 +64,7 @@ def read_evaluation(url: str) -> Evaluated:
     }
     hours = run["workers"] * run["seconds"] / 3600
     summary, options = json.loads(store.read(f"{path}/report.json")), _flat(run["recipe"])
+    options |= _flat(manifest["decode"], "method.decode.")  # another than the run's, where it was evaluated again
     return Evaluated(manifest["recipe"], store, path, summary, Table.of(by_image), val_set, options, hours)
 
 

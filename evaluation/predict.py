@@ -1,8 +1,9 @@
 """A finished run at work on anybody's pictures: no shards, no Ray, no Prefect."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,15 +55,19 @@ class Predictor:
         self.method = method.eval()
 
     @classmethod
-    def load(cls, store_url: str, run: str, device: str | None = None) -> "Predictor":
+    def load(
+        cls, store_url: str, run: str, device: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> "Predictor":
         """The finished run at `run`, a folder under the store's root; `device` as torch names it.
 
+        options: other ones of decoding than the run's, {"method.decode.min_stuff_area": 0.01}, as `pipelines.tune`
+        prints them.
         Without a device: CUDA where there is one, else the CPU. Raises TesseraError as open_run does, for a run
         that another version has written, and for a device that this machine lacks.
         """
         place = _device(device)
         try:
-            _, method = open_run(store_url, run)
+            _, method = open_run(store_url, run, options)
         except (KeyError, TypeError, RuntimeError) as error:  # of a manifest or weights that are not today's
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise TesseraError(f"{store_url}/{run}: written by another version ({reason}); train it anew") from error

@@ -116,7 +116,7 @@ def _predicted(
     work: Work, batch: list[tuple[Item, UserImage]], device: str | None, failed: list[Failure]
 ) -> Iterator[tuple[Item, Prediction]]:
     """Predictions of a batch; where the network fails on it, one by one, so that only its culprit is lost."""
-    predictor = load_predictor(work.storage, work.run, device)
+    predictor = load_predictor(work.storage, work.run, work.options, device)
     try:
         yield from zip([item for item, _ in batch], predictor.batch([image for _, image in batch]), strict=True)
     except TesseraError as error:
@@ -128,9 +128,9 @@ def _predicted(
 
 
 @lru_cache(maxsize=1)
-def load_predictor(storage: str, run: str, device: str | None) -> Predictor:
-    """Predictor.load, once in a process that predicts many chunks."""
-    return Predictor.load(storage, run, device)
+def load_predictor(storage: str, run: str, options: str, device: str | None) -> Predictor:
+    """Predictor.load, once in a process that predicts many chunks; options: JSON."""
+    return Predictor.load(storage, run, device, json.loads(options))
 
 
 def _write(output: Store, work: Work, item: Item, prediction: Prediction) -> Row:

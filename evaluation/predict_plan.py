@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -36,6 +36,8 @@ class Work:
     overlays: bool
     upright: bool
     """Whether images are turned as EXIF says."""
+    options: str = "{}"
+    """JSON of the options of decoding that are not the run's."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Item:
 
     def key(self, work: Work) -> str:
         """Hash of all that its prediction depends on."""
-        facts = (SCHEMA_VERSION, work.storage, work.run, self.name, self.version, work.overlays, work.upright)
-        return artifacts.digest(*facts)
+        of_work = (work.storage, work.run, work.overlays, work.upright, work.options)
+        return artifacts.digest(SCHEMA_VERSION, *of_work, self.name, self.version)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,20 @@ class Plan:
 
 
 def plan_prediction(
-    run: str, source: str, output: str, images: str | None = None, algorithm: str = "tessera", overlays: bool = True
+    run: str,
+    source: str,
+    output: str,
+    images: str | None = None,
+    algorithm: str = "tessera",
+    overlays: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What a call is to do; writes nothing.
 
     run: URL of a finished run's folder. source: URL of a file, a folder or a prefix; of a folder all files are
-    taken, in all its folders, whose names end in one of images.SUFFIXES. images: URL of a COCO image info JSON. Raises
-    TesseraError if there is nothing to do, and for a list that is none.
+    taken, in all its folders, whose names end in one of images.SUFFIXES. images: URL of a COCO image info JSON.
+    options: of decoding, see Predictor.load. Raises TesseraError if there is nothing to do, and for a list that is
+    none.
     """
     storage, run_path = artifacts.split_url(run, "train")
     target = open_store(output).url
@@ -112,7 +121,8 @@ def plan_prediction(
     if not items:
         named = f"; {len(ignored)} files are none by their names, as {ignored[0]!r}" if ignored else ""
         raise TesseraError(f"{source}: no images found{named}")
-    work = Work(storage, run_path, root.url, target, folder, overlays, upright=images is None)
+    decoding = json.dumps(options or {}, sort_keys=True)
+    work = Work(storage, run_path, root.url, target, folder, overlays, images is None, decoding)
     return Plan(work, tuple(items), missing, tuple(ignored), listed=images is not None)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def write_report(
         store.write(f"{path}/{name}", text.encode())
     manifest = {
         "recipe": recipe.name,
+        "decode": asdict(recipe.method.decode),
         "run": run.path,
         "val_set": val_set.path,
         "images": scores.images,

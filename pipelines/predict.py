@@ -7,10 +7,12 @@ exit code: 0 all images done, 1 some failed (the others are done), 2 refused bef
 """
 
 import argparse
+import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     begun = False
     try:
         plan = Predict(**vars(named)).plan()
-        labels = load_predictor(plan.work.storage, plan.work.run, device).labels
+        labels = load_predictor(plan.work.storage, plan.work.run, plan.work.options, device).labels
         claim(plan.work)
         begun = True
         summary = _predict(plan, labels, device)
@@ -47,6 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if summary.failed else 0
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     about, _, ending = (__doc__ or "").rpartition("\n\n")
     parser = argparse.ArgumentParser(
@@ -58,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", metavar="JSON", help=fields["images"].description)
     parser.add_argument("--algorithm", default="tessera", metavar="NAME", help=fields["algorithm"].description)
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="Write no overlays.")
+    parser.add_argument("--options", type=_json, default={}, metavar="JSON", help=fields["options"].description)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; if not given, cuda where there is one.")
     return parser
 

@@ -47,7 +47,7 @@ def predict(job: Predict) -> dict[str, Any]:
 def check_job(job: Predict) -> None:
     """Refuse before Ray starts what cannot be done: no such run, no images, an output that holds something else."""
     work = job.plan().work
-    load_predictor(work.storage, work.run, "cpu")
+    load_predictor(work.storage, work.run, work.options, "cpu")
     claim(work)
 
 
@@ -55,7 +55,7 @@ def check_job(job: Predict) -> None:
 def predict_images(job: Predict) -> Summary:
     """All predictions; the summary is an artifact of the flow run."""
     plan = job.plan()
-    labels = load_predictor(plan.work.storage, plan.work.run, "cpu").labels
+    labels = load_predictor(plan.work.storage, plan.work.run, plan.work.options, "cpu").labels
     summary = predict_plan(plan, labels, job.gpus)
     create_markdown_artifact(to_markdown(summary), key="predictions", description="What became of each image")
     return summary

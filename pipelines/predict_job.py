@@ -1,5 +1,7 @@
 """What predict is asked to do. Imports no Prefect, so that a job can be refused before anything starts."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from evaluation.predict_plan import Plan, plan_prediction
@@ -24,9 +26,14 @@ class Predict(BaseModel):
         "tessera", pattern="^[A-Za-z0-9-]+$", description="Names the submission: panoptic_<split>_<algorithm>_results."
     )
     overlays: bool = Field(True, description="Write a JPEG of the segments over each image, too.")
+    options: dict[str, Any] = Field(
+        {}, description='Options of decoding, as pipelines.tune prints them: {"method.decode.min_stuff_area": 0.01}.'
+    )
     gpus: bool = Field(False, description="One GPU for each task.")
     ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
 
     def plan(self) -> Plan:
         """See plan_prediction."""
-        return plan_prediction(self.run, self.input, self.output, self.images, self.algorithm, self.overlays)
+        return plan_prediction(
+            self.run, self.input, self.output, self.images, self.algorithm, self.overlays, self.options
+        )

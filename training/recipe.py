@@ -129,6 +129,13 @@ class Recipe:
         """
         return _changed(self, "", dict(options))
 
+    def decoding(self, options: Mapping[str, Any]) -> "Recipe":
+        """`changed`, for a run that is trained: TesseraError for options of anything but decoding."""
+        other = [name for name in options if not f"{name}.".startswith("method.decode.")]
+        if other:
+            raise TesseraError(f"option {other[0]!r}: of a finished run only method.decode can be changed")
+        return self.changed(options)
+
     @property
     def val_shards(self) -> ShardConfig:
         """Evaluation shards: the images' own sizes, since PQ is measured there; no distances, only losses want them."""

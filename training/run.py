@@ -1,5 +1,6 @@
 """Finished runs on the store."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,11 @@ def read_run(store_url: str, path: str) -> TrainedRun | None:
     return None if content is None else TrainedRun.of(path, content)
 
 
-def open_run(store_url: str, path: str) -> tuple[Recipe, Method]:
+def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None) -> tuple[Recipe, Method]:
     """Recipe and trained method of a finished run, with nothing but the store at hand; in evaluation mode, on the CPU.
 
-    The label table is that of the shards it was trained on. Raises TesseraError if there is no finished run at
+    options: other ones of decoding, as Recipe.decoding takes them. The label table is that of the shards it was trained
+    on. Raises TesseraError if there is no finished run at
     `path`, if its shards' manifest is gone, and for one that another version has written.
     """
     store = open_store(store_url)
@@ -55,7 +57,7 @@ def open_run(store_url: str, path: str) -> tuple[Recipe, Method]:
     shards = read_set(store, content["train_set"])
     if shards is None:
         raise TesseraError(f"{store.url_for(path)}: its data set {content['train_set']} has no manifest any more")
-    recipe = Recipe.from_json(content["recipe"])
+    recipe = Recipe.from_json(content["recipe"]).decoding(options or {})
     return recipe, load_method(recipe, shards.labels, store_url, path)
 
 

@@ -139,6 +139,31 @@ def test_a_second_call_does_only_what_is_new_or_changed(run, tmp_path, told):
     ]
 
 
+def test_options_of_decoding_are_taken_and_what_was_done_with_others_is_done_anew(run, tmp_path, told):
+    source = write(tmp_path / "in", {"scene.png": encoded(scene(), "PNG")})
+    command = [run, str(source), str(tmp_path / "out"), "--no-overlays"]
+    counts = []
+    for options in ('{"method.decode.min_stuff_area": 0.99, "method.decode.min_area": 0.99}', "{}", "{}"):
+        told.clear()
+        assert main([*command, "--options", options]) == 0
+        counts.append(len(check_listing(tmp_path / "out")["annotations"][0]["segments_info"]))
+        assert ("1 of them now" in told.text) == (len(counts) < 3)
+    assert counts[0] == 0 < counts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ('{"method.frequencies": 2}', "of a finished run only method.decode can be changed"),
+        ('{"method.decode.grit": 2}', "there is none; there are grid"),
+    ],
+)
+def test_options_that_a_finished_run_cannot_take_are_refused(run, tmp_path, told, options, words):
+    source = write(tmp_path / "in", {"scene.png": encoded(scene(), "PNG")})
+    assert main([run, str(source), str(tmp_path / "out"), "--options", options]) == 2
+    assert words in told.text
+
+
 def test_single_files_add_up_and_no_two_share_a_png(run, tmp_path):
     names = ["a.jpg", "a.png", "a.png.jpg", "a"]
     source, output = write(tmp_path / "in", dict.fromkeys(names, readable()["plain.jpg"])), tmp_path / "out"

@@ -89,8 +89,8 @@ def cityscapes_pisr() -> Recipe:
 def coco_mini() -> Recipe:
     """A small net with ImageNet weights on a hundred COCO images at 96 x 96, from the generalist's shards.
 
-    Expected: no source. Hardware: one CPU core, 7 minutes. Measured: 2026-11-21, one seed, PQ 14.4 on its train and 1.3 on
-    its val images (docs/results.md).
+    Expected: no source. Hardware: one CPU core, 7 minutes. Measured: 2026-11-21, one seed, PQ 14.4 on its train and
+    1.3 on its val images (docs/results.md).
     """
     return Recipe(
         name="panoptic_deeplab/coco_mini",
@@ -126,8 +126,8 @@ def coco_mini() -> Recipe:
 def coco_mini_pisr() -> Recipe:
     """`coco_mini` with PISR.
 
-    Expected: no source. Hardware: one CPU core, 11 minutes. Measured: 2026-11-21, three seeds after 24 of the 48 passes,
-    PQ 0.5 on its val images (docs/results.md).
+    Expected: no source. Hardware: one CPU core, 11 minutes. Measured: 2026-11-21, three seeds after 24 of the 48
+    passes, PQ 0.5 on its val images (docs/results.md).
     """
     return _with_pisr(coco_mini(), PisrConfig(instances=20, channels=96))
 

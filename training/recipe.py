@@ -256,4 +256,6 @@ def _typed(types: Any, value: Any, name: str) -> Any:
     try:
         return TypeAdapter(types).validate_python(value)
     except ValidationError as error:
-        raise TesseraError(f"option '{name}': {value!r}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        field = f"{first['loc'][-1]}: " if first["loc"] else ""
+        raise TesseraError(f"option '{name}': {value!r}: {field}{first['msg']}") from error

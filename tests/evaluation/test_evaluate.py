@@ -106,7 +106,7 @@ def test_pictures_are_of_the_images_asked_for(store: Store, run: str, val_set):
     job = EvalJob(debug(), store.url, run, "evaluate/drawn", shards.labels, shards.shards[1])
     drawn = draw_shard(job, frozenset({2, 8, 9}))
     assert drawn.keys() == {8, 9}
-    titles = ["image", "ground truth", "predicted panoptic", "predicted semantic", "decoded centroids"]
+    titles = ["image", "ground truth", "predicted panoptic", "predicted semantic", "decoded centroids, red x, green y"]
     assert all(list(views) == titles for views in drawn.values())
 
 

@@ -32,7 +32,11 @@ def eight(recipe: Recipe) -> Recipe:
         "train.lr": 3e-3,
         "reader.flip": False,
     }
-    nothing_dropped = {f"method.decode.{name}": 0 for name in vars(recipe.method.decode) if name.endswith("_area")}
+    nothing_dropped: dict[str, float] = {
+        f"method.decode.{name}": 0 for name in vars(recipe.method.decode) if name.endswith("_area")
+    }
+    if "dropout" in vars(recipe.method):
+        nothing_dropped["method.dropout"] = 0
     return recipe.changed(options | nothing_dropped | {"train.weight_decay": 0, "shards.samples": 8})
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from infra.errors import TesseraError
 
+_MOST = 1024
+"""Instance maps: their relations are squared."""
 _GROUP = 16
 """Channels of a group of the norm, as in the other decoders."""
 _LEAST_MASS = 1e-5
@@ -33,8 +35,8 @@ class PisrConfig:
     """gamma, the weight of the intermediate predictions' loss; ours. For the base, the module has no loss."""
 
     def __post_init__(self) -> None:
-        if self.instances < 1:
-            raise TesseraError(f"pisr: instances {self.instances} must be at least 1")
+        if not 1 <= self.instances <= _MOST:
+            raise TesseraError(f"pisr: instances {self.instances} is not in 1..{_MOST}")
         if self.channels < _GROUP or self.channels % _GROUP:
             raise TesseraError(f"pisr: channels {self.channels} must be a multiple of {_GROUP}")
         if not 0 <= self.intermediate < float("inf"):

@@ -74,7 +74,7 @@ class Generalist(Method):
         return [
             {
                 "predicted semantic": class_picture(classes_HW, self.labels),
-                "decoded centroids": centroid_picture(codes_XHW, self.config),
+                "decoded centroids, red x, green y": centroid_picture(codes_XHW, self.config),
             }
             for classes_HW, codes_XHW in zip(logits_BCHW.argmax(1), codes_BXHW, strict=True)
         ]

@@ -357,10 +357,11 @@ def test_half_of_the_crops_are_mirrored_and_padding_stays_where_it_is(own_sizes:
     assert 20 <= mirrored <= 58
 
 
-@pytest.mark.parametrize("radius", [-1, 182])
-def test_distances_that_cannot_be_measured_are_refused_early(own_sizes: ShardSet, shard_store: Store, radius: int):
-    with pytest.raises(TesseraError, match=f"{radius} px"):
-        batches(own_sizes, shard_store, READER, radius)
+def test_a_recipe_that_crops_and_wants_distances_beyond_all_measure_is_refused():
+    wide = replace(debug(), reader=READER, frame=Frame(size=(24, 32)))
+    assert wide.changed({"method.eds_distance": 72}).method.distance_radius == 180
+    with pytest.raises(TesseraError, match=r"distances up to 182.5 px, they are exact up to 181"):
+        wide.changed({"method.eds_distance": 73})
 
 
 def test_a_recipe_that_crops_trains_with_the_distances_its_method_wants(own_sizes: ShardSet, shard_store: Store):

@@ -11,6 +11,7 @@ from training.methods.panoptic_deeplab.config import DecodeConfig, PanopticDeepl
 from training.parts.pisr import PisrConfig
 from training.reader import ReaderConfig
 from training.recipe import Recipe, TrainConfig
+from training.recipes import generalist
 
 _RESNET = PyramidConfig(dilations=(2, 4, 8), weights="hub:microsoft/resnet-50")
 
@@ -92,7 +93,8 @@ def coco_mini() -> Recipe:
     Expected: no source. Hardware: one CPU core, 7 minutes. Measured: 2026-11-21, one seed, PQ 14.4 on its train and
     1.3 on its val images (docs/results.md).
     """
-    return Recipe(
+    return dataclasses.replace(
+        generalist.coco_mini(),
         name="panoptic_deeplab/coco_mini",
         method=PanopticDeeplabConfig(
             backbone=LiteConfig(),
@@ -108,17 +110,6 @@ def coco_mini() -> Recipe:
             hardest=1.0,
             offset_weight=0.1,
             decode=DecodeConfig(threshold=0.02, window=21, min_stuff_area=2e-2),  # by pipelines.tune, on train2017
-        ),
-        shards=ShardConfig(grid=(96, 96), radius=40, samples=20),
-        train=TrainConfig(
-            batch=4,
-            epochs=48,
-            warmup_epochs=2,
-            lr=2e-3,
-            layer_decay=0.9,
-            weight_decay=0.02,
-            betas=(0.9, 0.99),
-            clip=5.0,
         ),
     )
 
@@ -138,7 +129,8 @@ def demo() -> Recipe:
     Expected: no source. Hardware: one CPU core, 12 minutes. Measured: 2026-11-21, one seed, PQ 77.5, things 64.1;
     three seeds after 4 of the 8 passes, PQ 65.6 (docs/results.md).
     """
-    return Recipe(
+    return dataclasses.replace(
+        generalist.demo(),
         name="panoptic_deeplab/demo",
         method=PanopticDeeplabConfig(
             backbone=StemVitConfig(),
@@ -156,8 +148,6 @@ def demo() -> Recipe:
             offset_weight=0.1,
             decode=DecodeConfig(window=7),
         ),
-        shards=ShardConfig(grid=(64, 64), radius=20, samples=150),
-        train=TrainConfig(batch=8, epochs=8, warmup_epochs=0.12, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
     )
 
 
@@ -175,7 +165,8 @@ def debug() -> Recipe:
 
     Expected: nothing. Hardware: one CPU core, seconds. Measured: seconds, in every test run.
     """
-    return Recipe(
+    return dataclasses.replace(
+        generalist.debug(),
         name="panoptic_deeplab/debug",
         method=PanopticDeeplabConfig(
             backbone=StemVitConfig(widths=(8, 16, 16, 32), depth=1, heads=2),
@@ -191,8 +182,6 @@ def debug() -> Recipe:
             offset_weight=0.1,
             decode=DecodeConfig(window=3),
         ),
-        shards=ShardConfig(grid=(32, 32), radius=10, samples=4),
-        train=TrainConfig(batch=4, epochs=6, warmup_epochs=0.1, lr=1e-3, checkpoints=3),
     )
 
 

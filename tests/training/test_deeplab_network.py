@@ -1,4 +1,4 @@
-"""The network of Panoptic-DeepLab and PISR on it, the dilated ResNet, options that are refused."""
+"""The network of Panoptic-DeepLab and PISR on it, and the dilated ResNet."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.nn import functional
 from infra.errors import TesseraError
 from preprocessing.synthetic import CATEGORIES
 from training.backbones import AnyBackboneConfig, LiteConfig, PyramidConfig, StemVitConfig, build_backbone
-from training.methods.panoptic_deeplab.config import DecodeConfig, PanopticDeeplabConfig
+from training.methods.panoptic_deeplab.config import PanopticDeeplabConfig
 from training.methods.panoptic_deeplab.model import Network, instance_heat
 from training.parts.pisr import PisrConfig
 
@@ -257,55 +257,6 @@ def test_a_skip_stride_that_the_backbone_lacks_is_refused_by_name(
 ):
     with pytest.raises(TesseraError, match=rf"panoptic_deeplab: .*strides \(.*\), not at {lacking}$"):
         network_of((32, 32), "cpu" if backbone is STEM else "meta", backbone=backbone, skips=skips)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"skip_strides": (8,)},
-        {"skip_strides": (), "skip_channels": ()},
-        {"skip_strides": (4, 8)},
-        {"skip_strides": (4, 4)},
-        {"skip_strides": (4, 0)},
-        {"skip_channels": (16, 0)},
-        {"context_rates": (6, 0)},
-        *({name: 0} for name in ("context_channels", "semantic_channels", "instance_channels", "head_channels")),
-        *({n: v} for n in ("small_weight", "centre_weight", "offset_weight") for v in (-1.0, math.inf, math.nan)),
-        *({"hardest": v} for v in (0.0, -0.1, 1.1, math.nan)),
-        *({"dropout": v} for v in (-0.1, 1.0)),
-        *({name: v} for name in ("sigma", "heat_reach") for v in (0.0, -1.0, math.inf, math.nan)),
-        {"small_area": -1},
-    ],
-    ids=str,
-)
-def test_options_out_of_range_are_refused(change: dict):
-    with pytest.raises(TesseraError, match="panoptic_deeplab: "):
-        PanopticDeeplabConfig(**change)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"window": v} for v in (-1, 1, 2, 40)),
-        {"most": 0},
-        *({"min_stuff_area": v} for v in (-0.1, 1.0, math.nan)),
-        *({"threshold": v} for v in (-0.1, math.inf, math.nan)),
-    ],
-    ids=str,
-)
-def test_options_of_decoding_out_of_range_are_refused(change: dict):
-    with pytest.raises(TesseraError, match="decode: "):
-        DecodeConfig(**change)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"dilations": (2, 4)}, {"dilations": (2, 4, 0)}, {"name": "pvt-v2-b0", "dilations": (2, 4, 8)}],
-    ids=str,
-)
-def test_dilations_that_no_resnet_has_are_refused(options: dict):
-    with pytest.raises(TesseraError, match="dilations"):
-        PyramidConfig(**options)
 
 
 def resnets(dilations: tuple[int, ...], grid: tuple[int, int]) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
@@ -30,14 +30,17 @@ _START_SECONDS = 30
 _SERVICES = ["master", "volume", "filer", "s3", "admin"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """Where a running server is and how to get in."""
+    """Where a running server is, how to get in, and how to take it away for a while."""
 
     endpoint: str
     access_key: str
     secret_key: str
     bucket: str
+    _command: list[str] = field(repr=False)
+    _scratch: Path = field(repr=False)
+    _process: subprocess.Popen[bytes] = field(init=False, repr=False)
 
     def environ(self) -> dict[str, str]:
         """The variables that make boto3, pyarrow, Ray Train and open_store use this server."""
@@ -50,6 +53,54 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_ALLOW_HTTP": "true",
         }
+
+    @contextmanager
+    def killed(self) -> Iterator[None]:
+        """Kill it at once (-9); on the way out it is up again: same address, credentials and objects.
+
+        On Linux it dies with the thread that leaves, as in `seaweed`.
+        """
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        try:
+            yield
+        finally:
+            self._launch()
+            self._wait_until_ready()
+
+    @contextmanager
+    def hung(self) -> Iterator[None]:
+        """Stop it (SIGSTOP): connections are accepted, and nothing is answered until the way out."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
+
+    def _launch(self) -> None:
+        # Nothing is inherited: weed would take AWS_* for its own, and ~/.seaweedfs for its settings.
+        environment = {"GOMEMLIMIT": "300MiB", "HOME": str(self._scratch), "TMPDIR": str(self._scratch)}
+        self._process = processes.start(self._command, environment, self._scratch, self._scratch / "log")
+
+    def _wait_until_ready(self) -> None:
+        """Until a signed put succeeds: the port is open about a second before that."""
+        client = boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+            config=Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}),
+        )
+        deadline = time.monotonic() + _START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with suppress(BotoCoreError, ClientError):
+                client.put_object(Bucket=self.bucket, Key=".ready", Body=b"")
+                client.delete_object(Bucket=self.bucket, Key=".ready")
+                return
+            time.sleep(0.05)
+        tail = (self._scratch / "log").read_text(errors="replace")[-2000:]
+        raise TesseraError(f"SeaweedFS did not come up at {self.endpoint}; its last words:\n{tail}")
 
 
 @contextmanager
@@ -66,31 +117,32 @@ def seaweed(folder: Path, bucket: str) -> Iterator[S3Server]:
     with tempfile.TemporaryDirectory(prefix="weed-") as scratch:
         names = [f"{name}.port{twin}" for name in _SERVICES for twin in ("", ".grpc")]
         ports = dict(zip(names, processes.free_ports(len(names)), strict=True))
-        server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", "tessera", secrets.token_hex(20), bucket)
-        process = _start(server, folder.resolve(), Path(scratch), ports)
+        access_key, secret_key, place = "tessera", secrets.token_hex(20), Path(scratch)
+        (place / "identities.json").write_text(json.dumps(_identities(access_key, secret_key)))
+        command = _command(folder.resolve(), bucket, place, ports)
+        server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", access_key, secret_key, bucket, command, place)
+        server._launch()
         try:
-            _wait_until_ready(server, process, Path(scratch, "log"))
+            server._wait_until_ready()
             yield server
         finally:
-            processes.stop(process)
+            processes.stop(server._process)
             # These weed puts in /tmp whatever it is told, and leaves some behind.
             for name in _SERVICES:
                 Path(f"/tmp/seaweedfs-{name}-grpc-{ports[f'{name}.port.grpc']}.sock").unlink(missing_ok=True)
 
 
-def _start(server: S3Server, folder: Path, scratch: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
-    identities = scratch / "identities.json"
-    identities.write_text(json.dumps(_identities(server)))
+def _command(folder: Path, bucket: str, scratch: Path, ports: dict[str, int]) -> list[str]:
     flags = {
         "dir": folder,
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
-        "bucket": server.bucket,
+        "bucket": bucket,
         "master.telemetry": "false",  # on by default
         "master.volumeSizeLimitMB": 64,
         "volume.max": 100,
         "volume.preStopSeconds": 0,
-        "s3.config": identities,
+        "s3.config": scratch / "identities.json",
         "s3.autoCreateBucket": "false",  # as on AWS: a bucket name mistyped is an error
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
@@ -100,10 +152,7 @@ def _start(server: S3Server, folder: Path, scratch: Path, ports: dict[str, int])
         "s3.localSocket": scratch / "s3.sock",
         **ports,  # all of them: the defaults are fixed numbers, on which two servers clash
     }
-    # Nothing is inherited: weed would take AWS_* for its own, and ~/.seaweedfs for its settings.
-    environment = {"GOMEMLIMIT": "300MiB", "HOME": str(scratch), "TMPDIR": str(scratch)}
-    command = [_binary(), "mini", *(f"-{name}={value}" for name, value in flags.items())]
-    return processes.start(command, environment, scratch, scratch / "log")
+    return [_binary(), "mini", *(f"-{name}={value}" for name, value in flags.items())]
 
 
 def _binary() -> str:
@@ -114,31 +163,10 @@ def _binary() -> str:
     return found
 
 
-def _identities(server: S3Server) -> dict[str, list[dict[str, object]]]:
-    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
+def _identities(access_key: str, secret_key: str) -> dict[str, list[dict[str, object]]]:
+    credentials = [{"accessKey": access_key, "secretKey": secret_key}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    return {"identities": [{"name": server.access_key, "credentials": credentials, "actions": actions}]}
-
-
-def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until a signed put succeeds: the port is open about a second before that."""
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-        config=Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}),
-    )
-    deadline = time.monotonic() + _START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        with suppress(BotoCoreError, ClientError):
-            client.put_object(Bucket=server.bucket, Key=".ready", Body=b"")
-            client.delete_object(Bucket=server.bucket, Key=".ready")
-            return
-        time.sleep(0.05)
-    tail = log.read_text(errors="replace")[-2000:]
-    raise TesseraError(f"SeaweedFS did not come up at {server.endpoint}; its last words:\n{tail}")
+    return {"identities": [{"name": access_key, "credentials": credentials, "actions": actions}]}
 
 
 def main() -> None:

@@ -254,16 +254,28 @@ def test_a_stream_outlives_cut_connections(s3_store: Store, s3_env: S3Server, mo
             assert b"".join(iter(lambda: stream.read(100_000), b"")) == PAYLOAD
 
 
-def test_a_stream_cut_time_and_again_is_an_error(s3_store: Store, s3_env: S3Server, monkeypatch):
+def test_a_cut_stream_is_an_error_without_patience(s3_store: Store, s3_env: S3Server, monkeypatch):
     s3_store.write("shard.tar", PAYLOAD)
-    with cutting_proxy(s3_env, [2_500_000, 0, 0, 0]) as endpoint:
+    monkeypatch.setenv("TESSERA_STORE_PATIENCE", "0")
+    for read in (s3_store.read, lambda key: s3_store.open(key).read()):
+        with cutting_proxy(s3_env, [2_500_000]) as endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+            with pytest.raises(TesseraError, match=s3_store.url_for("shard.tar")):
+                read("shard.tar")
+
+
+def test_a_listing_outlives_cut_connections(s3_store: Store, s3_env: S3Server, monkeypatch):
+    keys = [f"{number:03}" for number in range(20)]
+    for key in keys:
+        s3_store.write(key, b"")
+    with cutting_proxy(s3_env, [-1, 0, 200, 2000]) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        with pytest.raises(TesseraError, match=s3_store.url_for("shard.tar")):
-            s3_store.read("shard.tar")
+        assert [entry.key for entry in s3_store.list()] == keys
 
 
-def test_a_creator_whose_answer_is_lost_has_won(s3_store: Store, s3_env: S3Server, monkeypatch):
-    with cutting_proxy(s3_env, [-1]) as endpoint:
+@pytest.mark.parametrize("lost", [1, 4])
+def test_a_creator_whose_answers_are_lost_has_won(s3_store: Store, s3_env: S3Server, monkeypatch, lost: int):
+    with cutting_proxy(s3_env, [-1] * lost) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         assert s3_store.create("manifest.json", b"mine")
         assert not s3_store.create("manifest.json", b"other")

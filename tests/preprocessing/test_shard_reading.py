@@ -300,7 +300,7 @@ def test_a_reader_outlives_a_restart_of_the_server(own_server, coco: CocoFolder,
 
 
 def test_a_server_that_stays_away_is_an_error_that_names_the_shard(own_server, coco: CocoFolder, monkeypatch):
-    monkeypatch.setattr("infra.store._REQUESTS", 4)  # as they are, they wait for half a minute
+    monkeypatch.setenv("TESSERA_STORE_PATIENCE", "1")
     store = open_store("s3://restarted/run")
     with own_server() as server:
         for name, value in server.environ().items():

@@ -11,7 +11,6 @@ no bar but on a GPU: base_420 at 150 images/s (the paper's rate is about 17 per 
 """
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from preprocessing.panoptic_map import Segment, measured
 from preprocessing.sample import distances
 from training.batch import Batch, Example, collate
 from training.methods.base import Method
+from training.metrics import memory_gib
 from training.recipe import Recipe
 from training.recipes import recipe
 from training.recipes.generalist import base_420, coco_mini, demo, large_420, large_518
@@ -103,13 +103,6 @@ def peak_flops(device: torch.device, bf16: bool) -> float:
     return 2 * side**3 / seconds(lambda: torch.mm(a, b), device, 10)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Of the device, or the largest resident size of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def flops_per_image(chosen: Recipe) -> float:
     """Of the network with all heads, forward and backward: matrix products and convolutions. Nothing is computed."""
     with torch.device("meta"):
@@ -175,9 +168,7 @@ def report(chosen: Recipe, device: torch.device) -> float:
         step = step_of(bench)
         three = seconds(lambda step=step: [step() for _ in range(3)], device, rounds // 3)  # type: ignore[misc]
         rates[variant] = 3 * images / three
-        print(
-            f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {peak_memory_gib(device):.1f} GiB"
-        )
+        print(f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {memory_gib(device):.1f} GiB")
     bench = make(chosen, images, device, True, False)
     flops, peak, best = flops_per_image(bench.recipe), peak_flops(device, bench.recipe.train.bf16), max(rates.values())
     print(f"{name}: {flops / 1e9:.1f} GFLOP an image, {flops * best / peak:.1%} of {peak / 1e12:.2f} TFLOP/s")

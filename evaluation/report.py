@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from infra.store import open_store
 from infra.version import code_version
 from preprocessing.labels import LabelTable
 from preprocessing.shards import ShardSet
+from training.metrics import STARVED, Row, read_metrics
 from training.recipe import Recipe
 from training.run import TrainedRun
 
@@ -62,7 +64,8 @@ def write_report(
     `predictions.json` and the folder `predictions` are what the COCO panoptic API reads; `images.json` has the
     statistics of every image, from which runs are compared.
     """
-    store, summary = open_store(store_url), summary_of(scores, val_set.labels)
+    store = open_store(store_url)
+    rows, summary = read_metrics(store, run.path), summary_of(scores, val_set.labels)
     markdown = to_markdown(recipe, summary, scores.images)
     predictions = {"annotations": scores.annotations, "categories": val_set.labels.to_coco()}
     files = {
@@ -70,7 +73,7 @@ def write_report(
         "images.json": json.dumps({str(i): stats.to_sparse_json() for i, stats in scores.by_image.items()}),
         "report.json": json.dumps(summary, indent=1),
         "report.md": markdown,
-        "report.html": to_html(recipe, run, val_set, summary, gallery),
+        "report.html": to_html(recipe, run, rows, val_set, summary, gallery),
     }
     for name, text in files.items():
         store.write(f"{path}/{name}", text.encode())
@@ -118,12 +121,40 @@ def page(template: str, **content: Any) -> str:
     return templates.get_template(template).render(**content)
 
 
-def to_html(recipe: Recipe, run: TrainedRun, val_set: ShardSet, summary: dict[str, Any], gallery: Gallery) -> str:
+def pace(rows: Sequence[Row]) -> str:
+    """How fast a run was, what held it up, and its best PQ on the way; of the steps before its last row.
+
+    Means are over the time of training: each step has as many images, so a row weighs its steps over images/s.
+    """
+    if not rows:
+        return "not known"
+    steps = [row.step - before for row, before in zip(rows, (0, *(row.step for row in rows)), strict=False)]
+    spent = [count / row.images_per_s for row, count in zip(rows, steps, strict=True)]
+    wait = sum(row.data_wait * time for row, time in zip(rows, spent, strict=True)) / sum(spent)
+    starved = " (data-starved)" if wait > STARVED else ""
+    memory = max(row.memory_gib for row in rows)
+    told = f"{sum(steps) / sum(spent):.1f} images/s, {wait:.0%} of the time waiting for data{starved}, {memory:.1f} GiB"
+    checked = [row for row in rows if "pq" in row.figures]
+    if checked:
+        best = max(checked, key=lambda row: row.figures["pq"])
+        told += f"; best PQ while training {best.figures['pq']:.1f} after step {best.step}"
+    return told
+
+
+def to_html(
+    recipe: Recipe,
+    run: TrainedRun,
+    rows: Sequence[Row],
+    val_set: ShardSet,
+    summary: dict[str, Any],
+    gallery: Gallery,
+) -> str:
     """One file: figures, pictures and curves are inside."""
     facts = {
         "evaluated": f"{len(summary['images'])} images, {len(val_set.labels)} categories, {val_set.path}",
         "trained": f"{run.steps} steps of {recipe.train.batch} images, {run.path}",
         "cost": f"{run.seconds:.0f} s on {run.workers} workers ({run.workers * run.seconds / 3600:.2f} worker-hours)",
+        "pace": pace(rows),
         "code": code_version(),
     }
     return page(
@@ -133,7 +164,7 @@ def to_html(recipe: Recipe, run: TrainedRun, val_set: ShardSet, summary: dict[st
         summary=summary,
         categories=category_rows(val_set.labels, summary),
         gallery=gallery,
-        curves=plots.curves(run.history),
+        curves=plots.curves(rows),
         sizes=plots.sizes({recipe.name: summary["sizes"]}),
         recipe=json.dumps(dataclasses.asdict(recipe), indent=2),
     )

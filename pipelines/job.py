@@ -4,11 +4,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from infra import artifacts
+from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing import layouts
 from preprocessing.synthetic import SyntheticConfig
 from training.recipe import Recipe
 from training.recipes import RECIPES, recipe
+from training.shares import Crew
 
 SYNTHETIC = "synthetic"
 
@@ -43,8 +46,23 @@ class TrainCoco(BaseModel):
     options: dict[str, Any] = Field(
         {}, description='Other options of the recipe by dotted name, as {"method.eds_distance": 0, "train.seed": 1}.'
     )
-    workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch.")
+    workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch exactly.")
+    least_workers: PositiveInt | None = Field(
+        None, description="Go on with as few workers while nodes are missing, and grow again; none: wait for all."
+    )
     gpus: bool = Field(False, description="One GPU per training worker and evaluation task.")
+    sharded: bool = Field(
+        False, description="Each training worker holds a part of the weights and of the optimizer's state (FSDP2)."
+    )
+    name: str | None = Field(
+        None,
+        pattern="^[a-z0-9][a-z0-9._-]{0,62}$",
+        description="A name for the run: refused with the difference if it has trained another config so far.",
+    )
+    anew: bool = Field(False, description="Give the name to this config; what it has trained so far stays as it is.")
+    init: str | None = Field(
+        None, description="URL of a finished run, <storage>/train/<hash>, whose weights to start with (fine-tuning)."
+    )
     ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
     bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the run.")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
@@ -52,12 +70,31 @@ class TrainCoco(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainCoco":
         self.resolved()
+        if self.least_workers is not None and self.least_workers > self.workers:
+            raise TesseraError(f"least_workers {self.least_workers} is more than workers {self.workers}")
+        if self.anew and self.name is None:
+            raise TesseraError("anew: expected a name to give to this config")
         return self
 
     def check(self) -> None:
-        """Raise TesseraError for a batch that its workers cannot share, and a store that cannot be written."""
-        self.resolved().train.split_batch(self.workers)
+        """Raise TesseraError for a store that cannot be written, and for `init` outside of it."""
         open_store(self.storage).check()
+        _ = self.init_path
+
+    @property
+    def init_path(self) -> str | None:
+        """Folder under the storage's root of the run whose weights to start with. TesseraError if it is elsewhere."""
+        if self.init is None:
+            return None
+        root, path = artifacts.split_url(self.init, "train")
+        if root != open_store(self.storage).url:
+            raise TesseraError(f"init {self.init}: expected a run of this storage, {open_store(self.storage).url}")
+        return path
+
+    @property
+    def crew(self) -> Crew:
+        """The training workers."""
+        return Crew(self.workers, self.least_workers, self.gpus, self.sharded)
 
     def resolved(self) -> Recipe:
         """The method's recipe with all that this job changes; TesseraError if there is no such recipe or option."""

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from evaluation.checkup import ValCheck
 from evaluation.ray_evaluate import evaluate
 from evaluation.report import Report
 from infra import ray_cluster
@@ -15,11 +16,13 @@ from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.job import SYNTHETIC, TrainCoco
 from pipelines.logs import flow_logs
+from pipelines.progress import TrainProgress
 from pipelines.steps import step
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, ShardSet
 from preprocessing.synthetic import write_set
+from training import names
 from training.ray_train import run_training
 from training.recipe import Recipe
 from training.run import TrainedRun
@@ -39,11 +42,11 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
     with flow_logs():
         check_job(job)
         root = find_data(job, chosen)
-        check_recipe(chosen)
+        check_recipe(job, chosen)
         with ray_cluster.session(job.ray, job.workers if job.gpus else 0):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
-            run = train(job, chosen, train_set)
+            run = train(job, chosen, train_set, val_set)
             report = evaluate_run(job, chosen, run, val_set)
         log.info("report: %s", report.url)
     return {"report": report.url, **report.summary}
@@ -59,7 +62,7 @@ def check_job(job: TrainCoco) -> None:
 def find_data(job: TrainCoco, chosen: Recipe) -> Path:
     """The data set's folder; the synthetic one is written where it is not there yet.
 
-    Refuses splits that do not belong together, and a train split of fewer shards than there will be readers.
+    Refuses splits that do not belong together, and a batch that the workers cannot share exactly.
     """
     root = data_root(job)
     train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
@@ -67,7 +70,7 @@ def find_data(job: TrainCoco, chosen: Recipe) -> Path:
         differ = train_index.labels.difference(val_index.labels)
         raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories: {differ}")
     shards = math.ceil(len(train_index.records) / chosen.shards.samples)
-    chosen.reader.refuse_few_shards(shards, job.workers)
+    job.crew.told(chosen.reader.plan(chosen.train.batch, shards), chosen.train.micro_batch)
     return root
 
 
@@ -80,8 +83,9 @@ def data_root(job: TrainCoco) -> Path:
 
 
 @step
-def check_recipe(chosen: Recipe) -> None:
-    """Refuse now the network or the weights that training would refuse after hours of precompute."""
+def check_recipe(job: TrainCoco, chosen: Recipe) -> None:
+    """Refuse now the network, the weights or the name that training would refuse after hours of precompute."""
+    check_name(job, facts_of(job, chosen))
     report = chosen.rehearse()
     if report is not None:
         log.info("weights %s: %s", chosen.method.backbone.weights, report)
@@ -93,10 +97,27 @@ def precompute_split(job: TrainCoco, root: Path, split: str, config: ShardConfig
     return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
 
 
+def facts_of(job: TrainCoco, chosen: Recipe) -> dict[str, Any]:
+    """What a run's name stands for, but for the data."""
+    return chosen.identity | {"init": job.init_path}
+
+
+def check_name(job: TrainCoco, facts: dict[str, Any]) -> None:
+    """Refuse a name that has trained something else so far, unless told to go on differently."""
+    if job.name is not None and not job.anew and job.init is None:
+        names.refuse_changed(open_store(job.storage), job.name, facts)
+
+
 @step
-def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet) -> TrainedRun:
-    """Weights."""
-    return run_training(chosen, train_set, job.storage, job.workers, job.gpus)
+def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet, val_set: ShardSet) -> TrainedRun:
+    """Weights; how far it is shows as a progress artifact of the flow run."""
+    store, facts = open_store(job.storage), facts_of(job, chosen) | {"train_set": train_set.path}
+    check_name(job, facts)
+    if job.name is not None:
+        names.give(store, job.name, chosen.run_path(train_set.path, job.init_path), facts)
+    upkeep = chosen.upkeep
+    check = None if upkeep.check_epochs is None else ValCheck(store.url, val_set.path, upkeep.check_images)
+    return run_training(chosen, train_set, store.url, job.crew, init=job.init_path, check=check, watch=TrainProgress())
 
 
 @step

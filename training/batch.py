@@ -52,6 +52,10 @@ class Batch:
         """A value per segment -> a value per pixel, (B, H, W)."""
         return rows_BN.gather(1, self.labels_BHW.long().flatten(1)).view(self.labels_BHW.shape)
 
+    def __getitem__(self, part: slice) -> "Batch":
+        """Some of the samples, without a copy."""
+        return replace(self._each(lambda tensor: tensor[part]), keys=self.keys[part])
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -1,69 +1,65 @@
 """The train loop: one worker's part of a run, without Ray."""
 
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infra.errors import TesseraError
+from infra.version import code_version
 from preprocessing.shards import ShardSet
+from training import parallel
 from training.batch import Batch
+from training.checkpoints import State
+from training.dry_run import largest_batch, optimizer_room, telling_knobs
 from training.methods.base import Method
+from training.metrics import Meter, Row, memory_gib
+from training.parallel import Place
 from training.reader import BatchStream, load_batches
-from training.recipe import Recipe, TrainConfig
+from training.recipe import Recipe
+from training.shares import Share
 
-State = dict[str, Any]
-"""What a run goes on from: method, average, optimizer, step, history. Tensors and plain values only."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this worker stands."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One line of a run's history, averaged since the line before. Losses are of this worker's share of the batch."""
-
-    step: int
-    steps: int
-    losses: dict[str, float]
-    lr: float
-    grad_norm: float
-    images_per_s: float
-    data_wait: float
-    """Share of the time spent waiting for batches."""
-
-    def __str__(self) -> str:
-        losses = " ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
-        pace = f"{self.images_per_s:.1f} images/s, {self.data_wait:.0%} waiting for data"
-        return f"step {self.step} of {self.steps}: {losses} | {pace}"
+_ROWS = 2000  # of a run at most
 
 
 class NonFiniteLoss(TesseraError):
     """Training stopped before a step that would have spoiled the weights.
 
-    own: whether this worker's losses were at fault; the gradient is every worker's.
+    step: the one that was not taken. keys: this worker's samples in it. own: whether this worker's losses were at
+    fault; the gradient is every worker's.
     """
 
-    def __init__(self, message: str, own: bool) -> None:
-        super().__init__(message, own)  # both, so that it can be pickled
-        self.own = own
+    def __init__(self, step: int, norm: float, losses: dict[str, float], keys: tuple[str, ...]) -> None:
+        super().__init__(step, norm, losses, keys)  # all of them, so that it can be pickled
+        self.step, self.norm, self.losses, self.keys = step, norm, losses, keys
+        self.own = not all(map(math.isfinite, losses.values()))
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return f"step {self.step}: gradient norm {self.norm}, losses {self.losses}, samples {', '.join(self.keys)}"
+
+
+class Watcher(Protocol):
+    """What happens around the steps of a run, called on every worker at the same steps."""
+
+    def says(self, line: str) -> None:
+        """Something that a person may want to know."""
+
+    def row(self, row: Row, steps: int) -> None:
+        """What the run was like since the last row; `steps`: of the whole run."""
+
+    def wants_checkpoint(self) -> bool:
+        """Whether it is time for a checkpoint beside those at fixed steps; worker 0's answer counts."""
+
+    def save(self, state: State) -> None:
+        """A checkpoint, on worker 0 only; its tensors are nobody else's."""
+
+    def check(self, method: Method, step: int) -> dict[str, float]:
+        """Measure the method, in evaluation mode: figures by name, the same on every worker."""
 
 
 def train(
@@ -72,66 +68,135 @@ def train(
     store_url: str,
     place: Place,
     state: State | None,
-    report: Callable[[Progress, State | None], None],
-) -> tuple[Method, list[dict[str, Any]]]:
+    watcher: Watcher,
+    init: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], list[Row]]:
     """Train `recipe` on `shards`, going on from `state` if there is one.
 
-    `report` is called on every rank at the same steps, with a state when a checkpoint is due. Returns the
-    trained method and the run's history, a row per report. Raises NonFiniteLoss on all ranks at once,
-    before the optimizer's step.
+    init: weights by name to start with, instead of the backbone's published ones. Returns the trained weights that
+    evaluation uses, whole, on the CPU of worker 0, and the run's rows. Raises NonFiniteLoss on all workers at once,
+    before the optimizer's step, DoesNotFit where a pass needs more memory than there is, and TesseraError where the
+    workers cannot share the batch.
     """
     config, steps = recipe.train, recipe.train.steps(shards.samples)
+    share = recipe.plan(shards).share(place.rank, place.world, config.micro_batch)
     torch.manual_seed(config.seed)
     method = recipe.build(shards.labels)
     if state is None:
-        method.load_pretrained()
-    method.to(place.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(method, config, steps)
+        method.load_pretrained() if init is None else method.load_state_dict(init, strict=False)
+    trainer = Trainer(recipe, method, steps, place, share)
     if state is not None:
-        run.restore(state)
-    if config.compile:
-        method.network.compile()
-    images, passes = config.split_batch(place.world)
-    radius, start = math.ceil(recipe.method.distance_radius), run.step * passes
-    stream = BatchStream(shards, store_url, recipe.reader, images, place.rank, place.world, start, radius=radius)
-    trained = _distributed(method, place)
-    batches, meter, guard = load_batches(stream), _Meter(), _Guard(place.device)
-    due = _report_steps(steps, config.checkpoints)
-    method.train()
-    while run.step < steps:
-        losses, norm = _step(run, trained, batches, passes, place, meter, guard)
-        meter.add(losses, norm, config.batch)
-        if run.step in due:
-            guard.settle()
-            progress = meter.progress(run.step, steps, max(group["lr"] for group in run.optimizer.param_groups))
-            run.history.append(asdict(progress))
-            report(progress, run.state() if due[run.step] else None)
-    return run.best, run.history
+        trainer.restore(state)
+    watcher.says(trainer.dry_run())
+    radius, start = math.ceil(recipe.method.distance_radius), trainer.step
+    stream = BatchStream(shards, store_url, recipe.reader, config.batch, place.rank, place.world, start, radius=radius)
+    batches, due = load_batches(stream), _Due(recipe, shards.samples)
+    while trainer.step < steps:
+        trainer.take_step(batches)
+        if not due.row(trainer.step):
+            continue
+        row, wanted = trainer.row(shards.samples, watcher.wants_checkpoint())
+        if due.check(trainer.step):
+            row.figures.update(trainer.measured(watcher))
+        watcher.row(row, steps)
+        if wanted or due.save(trainer.step):
+            found = trainer.state()
+            if found is not None:
+                watcher.save(found)
+    return parallel.whole(trainer.best.state_dict(), place), trainer.rows
 
 
-@dataclass
-class _Run:
-    """What changes during a run."""
+@dataclass(frozen=True)
+class _Due:
+    """What happens after which step."""
 
-    method: Method
-    config: TrainConfig
-    steps: int
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    recipe: Recipe
+    samples: int
 
-    def __post_init__(self) -> None:
-        config = self.config
-        groups = self.method.parameter_groups(config.lr, config.weight_decay, config.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    def check(self, step: int) -> bool:
+        """Every so many epochs, and at the end."""
+        every = self.recipe.upkeep.check_epochs
+        if every is None:
+            return False
+        done, before = (s * self.recipe.train.batch / self.samples / every for s in (step, step - 1))
+        return step == self._steps or int(done + 1e-9) > int(before + 1e-9)
+
+    def save(self, step: int) -> bool:
+        """So many times over the run, always after the last step and after those that are checked."""
+        return _among(step, self._steps, self.recipe.upkeep.checkpoints) or self.check(step)
+
+    def row(self, step: int) -> bool:
+        """After every step of a short run."""
+        return _among(step, self._steps, _ROWS) or self.save(step)
+
+    @property
+    def _steps(self) -> int:
+        return self.recipe.train.steps(self.samples)
+
+
+def _among(step: int, steps: int, count: int) -> bool:
+    """Whether a step is one of `count` that lie evenly over the run, the last one always among them."""
+    return step * count // steps > (step - 1) * count // steps
+
+
+class Trainer:
+    """A method in training: it takes steps, and its state can be taken and put back between any two of them."""
+
+    def __init__(self, recipe: Recipe, method: Method, steps: int, place: Place, share: Share) -> None:
+        """method: on the CPU; it is moved, spread over the workers and compiled here. steps: of the whole run."""
+        self.recipe, self.config, self.steps, self.place, self.share = recipe, recipe.train, steps, place, share
+        self.step, self.rows = 0, list[Row]()
+        self.method = parallel.placed(method, place)
+        average = get_ema_multi_avg_fn(self.config.ema)
+        self.ema = AveragedModel(method, multi_avg_fn=average) if self.config.ema else None
+        self.spread = parallel.spread(method, place)
+        if (
+            place.sharded and self.ema is not None
+        ):  # the average is called by nobody but evaluation, and lies where the weights do
+            parallel.spread(self.best, place)
+        if self.config.compile:
+            method.network.compile()
+        groups = method.parameter_groups(self.config.lr, self.config.weight_decay, self.config.layer_decay)
         self.peaks = [group["lr"] for group in groups]
-        average = get_ema_multi_avg_fn(config.ema)
-        self.ema = AveragedModel(self.method, multi_avg_fn=average) if config.ema else None
+        self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas, fused=True)
+        self.meter, self.guard = Meter(place.device), _Guard(place.device)
+        method.train()
 
     @property
     def best(self) -> Method:
         """What evaluation uses."""
         averaged: Any = self.ema
         return self.method if averaged is None else averaged.module
+
+    def take_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step on the next batch; nothing here makes the host wait for the device.
+
+        Raises NonFiniteLoss of this step, or on a GPU of the one before.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.meter.waiting():
+            batch = next(batches)
+        torch.manual_seed(hash((self.config.seed, self.step, self.place.rank)))  # so that a resume draws alike
+        sums: dict[str, Tensor] = {}
+        for part in self.share.slices:
+            last = part.stop == self.share.images
+            with parallel.exchanging(self.spread, last):
+                losses = self._pass(self.spread, batch[part], self.step)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        norm = parallel.clip_gradients(self.method, self.config.clip or math.inf)
+        self.guard.watch(self.step, norm, sums, batch.keys)  # gradients are exchanged: all workers see the same
+        self.advance(norm)
+        self.meter.add(sums, norm, self.config.batch)
+
+    def _pass(self, module: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Forward and backward; the losses' part in the mean over the images of a whole step."""
+        part = len(batch.keys) / self.config.batch
+        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.bf16):
+            losses = module(batch.to(self.place.device), step)
+        total = torch.stack(list(losses.values())).sum()
+        (total * (part * self.place.world)).backward()  # gradients are averaged over workers, whose shares may differ
+        return {name: value * part for name, value in losses.items()}
 
     def advance(self, norm: Tensor) -> None:
         """The optimizer's step, which the device itself leaves out where the gradient's norm is not finite."""
@@ -144,75 +209,61 @@ class _Run:
             self.ema.update_parameters(self.method)
         self.step += 1
 
-    def state(self) -> State:
-        return {
-            "step": self.step,
+    def dry_run(self) -> str:
+        """Passes at the largest shape, which change nothing; what they took, in words.
+
+        Raises DoesNotFit where they need more memory than there is.
+        """
+        images, size = max(self.share.passes), self.recipe.trained
+        shape = f"{images} images of {size[0]} x {size[1]}"
+        distances = self.recipe.method.distance_radius > 0
+        with telling_knobs(f"a pass of {shape}"), optimizer_room(self.method):
+            batch = largest_batch(images, size, self.method.labels, distances)
+            for step in range(3 if self.method.alternates else 1):
+                self._pass(self.spread, batch, step)  # and the exchange of gradients, whose buffers count too
+                self.optimizer.zero_grad(set_to_none=True)
+        return f"dry run: a pass of {shape} fits, {memory_gib(self.place.device):.1f} GiB held"
+
+    def row(self, samples: int, wants: bool) -> tuple[Row, bool]:
+        """(what the run was like since the last row, whether worker 0 `wants` something); the same on all workers."""
+        self.guard.settle()
+        losses, measured = self.meter.take()
+        told = torch.stack([*losses.values(), torch.tensor(float(wants and self.place.rank == 0))])
+        *values, wanted = parallel.summed(told.to(self.place.device), self.place).tolist()
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        epoch = self.step * self.config.batch / samples
+        named = dict(zip(losses, values, strict=True))
+        self.rows.append(Row(self.step, epoch, named, lr=lr, workers=self.place.world, figures={}, **measured))
+        return self.rows[-1], wanted > 0
+
+    def measured(self, watcher: Watcher) -> dict[str, float]:
+        """Figures of the weights that evaluation uses."""
+        self.best.eval()
+        figures = watcher.check(self.best, self.step)
+        self.best.train()
+        self.meter.clear()  # evaluation is no part of the training's pace
+        return figures
+
+    def state(self) -> State | None:
+        """What to go on from, on worker 0; all workers must call it."""
+        parts = {
             "method": self.method.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
         }
+        found = parallel.whole(parts, self.place)
+        if self.place.rank > 0:
+            return None
+        facts = {"recipe": asdict(self.recipe), "code": code_version()}
+        return {"step": self.step, "rows": [asdict(row) for row in self.rows], **found, **facts}
 
     def restore(self, state: State) -> None:
-        self.method.load_state_dict(state["method"])
+        """Take up a state of any number of workers, whether they held all or parts."""
+        parallel.load_weights(self.method, state["method"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.history = state["step"], list(state["history"])
-
-
-def _step(
-    run: _Run,
-    trained: nn.Module,
-    batches: Iterator[Batch],
-    passes: int,
-    place: Place,
-    meter: "_Meter",
-    guard: "_Guard",
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step over `passes` forward and backward passes; its losses and gradient norm.
-
-    Nothing here makes the host wait for the device.
-    """
-    run.optimizer.zero_grad(set_to_none=True)
-    torch.manual_seed(hash((run.config.seed, run.step, place.rank)))  # so that a resumed run draws the same noise
-    sums: dict[str, Tensor] = {}
-    keys: list[str] = []
-    for i in range(passes):
-        with meter.waiting():
-            batch = next(batches)
-        keys += batch.keys
-        with _exchange(trained, i == passes - 1):
-            with torch.autocast(place.device.type, torch.bfloat16, enabled=run.config.bf16):
-                losses = trained(batch.to(place.device), run.step)
-            (torch.stack(list(losses.values())).sum() / passes).backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros((), device=place.device)) + value.detach() / passes
-    norm = nn.utils.clip_grad_norm_(run.method.parameters(), run.config.clip or math.inf)
-    guard.watch(run.step, norm, sums, keys)  # after the exchange of gradients, so that all ranks see the same
-    run.advance(norm)
-    return sums, norm
-
-
-def _exchange(trained: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Gradients travel between workers once a step, in its last pass."""
-    if isinstance(trained, DistributedDataParallel) and not wanted:
-        return trained.no_sync()
-    return nullcontext()
-
-
-def _distributed(method: Method, place: Place) -> nn.Module:
-    if place.world == 1:
-        return method
-    devices = [place.device] if place.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices, find_unused_parameters=method.alternates)
-
-
-def _report_steps(steps: int, checkpoints: int) -> dict[int, bool]:
-    """Steps after which to report: 50 over the run; True where a checkpoint is due, the last one always."""
-    saved = {round(steps * i / checkpoints) for i in range(1, checkpoints + 1)} - {0}
-    told = {round(steps * i / 50) for i in range(1, 51)} - {0}
-    return {step: step in saved for step in sorted(saved | told)}
+            parallel.load_weights(self.ema, state["ema"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
+        self.step, self.rows = state["step"], [Row(**row) for row in state["rows"]]
 
 
 class _Guard:
@@ -224,10 +275,10 @@ class _Guard:
 
     def __init__(self, device: torch.device) -> None:
         self.lag = 1 if device.type == "cuda" else 0
-        self.pending: deque[tuple[int, Tensor, dict[str, Tensor], list[str]]] = deque()
+        self.pending: deque[tuple[int, Tensor, dict[str, Tensor], tuple[str, ...]]] = deque()
         self.copied: deque[torch.cuda.Event] = deque()
 
-    def watch(self, step: int, norm: Tensor, losses: dict[str, Tensor], keys: list[str]) -> None:
+    def watch(self, step: int, norm: Tensor, losses: dict[str, Tensor], keys: tuple[str, ...]) -> None:
         """Take a step's norm; raise NonFiniteLoss for an earlier one, or on a CPU for this one."""
         host = torch.empty((), pin_memory=self.lag > 0).copy_(norm.detach(), non_blocking=True)
         if self.lag:
@@ -243,39 +294,4 @@ class _Guard:
             if self.lag:
                 self.copied.popleft().synchronize()
             if not norm.isfinite():
-                told = {name: float(value) for name, value in losses.items()}
-                message = f"step {step}: gradient norm {float(norm)}, losses {told}, samples {', '.join(keys)}"
-                raise NonFiniteLoss(message, own=not all(map(math.isfinite, told.values())))
-
-
-class _Meter:
-    """Averages between two reports."""
-
-    def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self.losses: dict[str, list[Tensor]] = {}
-        self.norms: list[Tensor] = []
-        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A context whose time counts as waiting for data."""
-        since = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - since
-
-    def add(self, losses: dict[str, Tensor], norm: Tensor, images: int) -> None:
-        for name, value in losses.items():
-            self.losses.setdefault(name, []).append(value)
-        self.norms.append(norm)
-        self.images += images
-
-    def progress(self, step: int, steps: int, lr: float) -> Progress:
-        seconds = time.perf_counter() - self.started
-        losses = {name: float(torch.stack(values).mean()) for name, values in self.losses.items()}
-        norm = float(torch.stack(self.norms).mean())
-        result = Progress(step, steps, losses, lr, norm, self.images / seconds, self.waited / seconds)
-        self._clear()
-        return result
+                raise NonFiniteLoss(step, float(norm), {name: float(value) for name, value in losses.items()}, keys)

@@ -1,68 +1,101 @@
-"""Ray Train around the train loop: workers, checkpoints on the store, going on after a failure."""
+"""Ray Train around the train loop: workers on any nodes, restarted after a failure, as many as there are.
 
-import json
+Checkpoints are our own (training.checkpoints), read and written by the workers: Ray only places and restarts them.
+"""
+
+import dataclasses
 import logging
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from safetensors.torch import save
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import artifacts, ray_cluster
 from infra.errors import TesseraError
 from infra.store import open_store
+from infra.version import code_version
+from preprocessing.pictures import Picture
 from preprocessing.shards import ShardSet, read_set
-from training.loop import NonFiniteLoss, Place, Progress, State, train
-from training.reader import BatchStream
+from training import checkpoints, tensorboard
+from training.checkpoints import State
+from training.dry_run import DoesNotFit
+from training.loop import NonFiniteLoss, train
+from training.methods.base import Method
+from training.metrics import Row, read_metrics, write_metrics
+from training.parallel import Place, agreed
 from training.recipe import Recipe
-from training.run import WEIGHTS, TrainedRun, read_run
+from training.run import TrainedRun, read_run, start_weights, write_weights
+from training.shares import Crew
 
+_ATTEMPTS = 3  # to get past one checkpoint
 log = logging.getLogger("tessera.train")
+
+
+class Check(Protocol):
+    """Measures a method while it is trained, on all workers at once."""
+
+    def __call__(self, method: Method, place: Place) -> tuple[dict[str, float], dict[str, Picture]]:
+        """(figures by name, the same on every worker; pictures by title, on worker 0)."""
+
+
+class Watch(Protocol):
+    """Hears about once a second how far a run is."""
+
+    def __call__(self, row: Row, steps: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What one worker needs."""
+    """What every worker needs."""
 
     recipe: Recipe
     store_url: str
     train_set: str
     run: str
+    init: str | None
+    sharded: bool
+    check: Check | None
+    board: Any
 
 
-def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: int, gpus: bool) -> TrainedRun:
+def run_training(
+    recipe: Recipe,
+    train_set: ShardSet,
+    store_url: str,
+    crew: Crew,
+    *,
+    init: str | None = None,
+    check: Check | None = None,
+    watch: Watch = lambda row, steps: None,
+) -> TrainedRun:
     """Train, or return the run that is finished already. Needs a Ray connection.
 
-    A run that was interrupted goes on from its newest checkpoint. Raises TesseraError when a batch cannot
-    be split exactly, when there are fewer shards than readers, and when training meets a non-finite loss.
+    A run that was interrupted goes on from its newest checkpoint. init: folder of a run whose weights it starts with.
+    Raises TesseraError when the batch cannot be shared, when training meets a non-finite loss, when a batch does not
+    fit into memory, and when three attempts in a row did not get past one checkpoint.
     """
-    store = open_store(store_url)
-    path = recipe.run_path(train_set.path)
+    store, path = open_store(store_url), recipe.run_path(train_set.path, init)
     finished = read_run(store_url, path)
     if finished is not None:
         log.info("trained already: %s", path)
         return finished
-    images, passes = recipe.train.split_batch(workers)
-    radius = math.ceil(recipe.method.distance_radius)
-    BatchStream(train_set, store_url, recipe.reader, images, 0, workers, radius=radius)  # refuses here, not there
-    steps = recipe.train.steps(train_set.samples)
-    share = f"{recipe.train.batch} images = {workers} workers x {passes} passes x {images} images"
-    log.info("recipe %s: %d steps of %s", recipe.name, steps, share)
-    started = time.monotonic()
-    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    job = TrainJob(recipe, store.url, train_set.path, path)
-    task = ray.remote(_fit).options(num_cpus=0, max_retries=0).remote(job, workers, gpus, board)
+    told = crew.told(recipe.plan(train_set), recipe.train.micro_batch)
+    log.info("recipe %s: %d steps of %s", recipe.name, recipe.train.steps(train_set.samples), told)
+    started, here = time.monotonic(), _here()
+    board = _Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    job = TrainJob(recipe, store.url, train_set.path, path, init, crew.sharded, check, board)
+    task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(job, crew)
     try:
-        ray_cluster.wait_for(task, lambda: _log_lines(board))
+        ray_cluster.wait_for(task, lambda: _pass_on(board, watch))
     except RayError as error:
         _raise_failure(board, error)  # what a worker said of it is worth more than Ray's account of how it ended
         raise
@@ -70,13 +103,28 @@ def run_training(recipe: Recipe, train_set: ShardSet, store_url: str, workers: i
     content = {
         "recipe": recipe,
         "train_set": train_set.path,
-        "steps": steps,
-        "workers": workers,
+        "init": init,
+        "steps": recipe.train.steps(train_set.samples),
+        "workers": crew.workers,
         "seconds": time.monotonic() - started,
-        "history": json.loads(store.read(f"{path}/history.json")),
+        "best": checkpoints.best_step([dataclasses.asdict(row) for row in read_metrics(store, path)]),
+        "code": code_version(),
     }
     artifacts.write_manifest(store, path, content)
     return TrainedRun.of(path, content)
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    """The driver's node: what dies with another node must not take the run along."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _pass_on(board: Any, watch: Watch) -> None:
+    lines, latest = ray.get(board.take.remote())
+    for line in lines:
+        log.info("%s", line)
+    if latest is not None:
+        watch(*latest)
 
 
 def _raise_failure(board: Any, cause: Exception | None = None) -> None:
@@ -85,89 +133,161 @@ def _raise_failure(board: Any, cause: Exception | None = None) -> None:
         raise TesseraError(failure) from cause
 
 
-def _fit(job: TrainJob, workers: int, gpus: bool, board: Any) -> None:
+def _fit(job: TrainJob, crew: Crew) -> None:
     """Runs as a Ray task: `fit` blocks, and a cancelled flow must not wait for it."""
-    TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "board": board},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        run_config=RunConfig(
-            name="ray",  # the same name and path find the checkpoints of an interrupted run
-            storage_path=f"{job.store_url}/{job.run}",
-            failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    ).fit()
+    size: Any = (crew.least, crew.workers) if crew.least else crew.workers  # Ray's hints do not know of ranges
+    with tempfile.TemporaryDirectory(prefix="tessera-train-") as folder:
+        TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(num_workers=size, use_gpu=crew.gpus, placement_strategy="SPREAD"),
+            torch_config=TorchConfig(backend="nccl" if crew.gpus else "gloo"),
+            run_config=RunConfig(
+                storage_path=folder,  # holds nothing that lasts
+                failure_config=FailureConfig(max_failures=-1),  # for weeks of them; _begin ends those without progress
+            ),
+        ).fit()
 
 
 def _worker(config: dict[str, Any]) -> None:
-    job, board = config["job"], config["board"]
+    job: TrainJob = config["job"]
     context, store = ray.train.get_context(), open_store(job.store_url)
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device())
-
-    def report(progress: Progress, state: State | None) -> None:
-        if place.rank == 0:
-            board.say.remote(str(progress))
-        if state is None:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if place.rank == 0:
-                torch.save(state, Path(folder) / "state.pt")
-                checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(asdict(progress), checkpoint=checkpoint)
-
-    shards, state = read_set(store, job.train_set), _newest_state()
+    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), job.sharded)
+    shards = read_set(store, job.train_set)
     assert shards is not None  # the flow made it before
-    if state is not None and place.rank == 0:
-        board.say.remote(f"going on from the checkpoint of step {state['step']}")
-    try:
-        method, history = train(job.recipe, shards, job.store_url, place, state, report)
-    except NonFiniteLoss as error:  # on all ranks at once, and a restart would meet it again
-        ray.get(board.fail.remote(str(error), error.own))
+    state = _begin(job, place)
+    if state is None:
         return
-    except TesseraError as error:  # perhaps on this rank alone, and the others must not wait for it
-        ray.get(board.fail.remote(str(error), True))
+    watcher = _Watcher(job, place)
+    try:
+        init = start_weights(job.recipe, shards.labels, job.store_url, job.init) if job.init and not state else None
+        weights, _ = train(job.recipe, shards, job.store_url, place, state or None, watcher, init)
+        if place.rank == 0:
+            write_weights(store, job.run, weights)
+    except NonFiniteLoss as error:  # on all workers at once, and a restart would meet it again
+        watcher.spoilt(error)
+    except DoesNotFit as error:
+        ray.get(job.board.fails.remote(str(error), True))
         raise
-    if place.rank == 0:
-        weights = {name: value.contiguous().cpu() for name, value in method.state_dict().items()}
-        store.write(f"{job.run}/{WEIGHTS}", save(weights))
-        store.write(f"{job.run}/history.json", json.dumps(history).encode())
+    except TesseraError as error:  # perhaps on this worker alone, and the others must not wait for it
+        ray.get(job.board.stumbles.remote(str(error)))
+        raise
+    finally:
+        watcher.close()
 
 
-def _newest_state() -> State | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def _begin(job: TrainJob, place: Place) -> State | None:
+    """The state to go on from, {} for none; None where the run is to end: the same on all workers."""
+    store = open_store(job.store_url)
+    state = checkpoints.newest(store, job.run) if place.rank == 0 else None
+    step = 0 if state is None else state["step"]
+    step, ends = agreed((step, place.rank == 0 and ray.get(job.board.begins.remote(step, place.world))), place)
+    if ends:
         return None
-    with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+    if step and place.rank > 0:
+        state = checkpoints.read_state(store, job.run, step)
+    return state or {}
+
+
+class _Watcher:
+    """loop.Watcher of one worker: tells the board, writes checkpoints, metrics and TensorBoard's files."""
+
+    def __init__(self, job: TrainJob, place: Place) -> None:
+        self.job, self.place, self.store = job, place, open_store(job.store_url)
+        self.writer = checkpoints.Writer(self.store, job.run, job.recipe.upkeep.keep, self._publish)
+        self.saved = self.said = time.monotonic()
+
+    def says(self, line: str) -> None:
+        if self.place.rank == 0:
+            self.job.board.says.remote(line)
+
+    def row(self, row: Row, steps: int) -> None:
+        if self.place.rank == 0:
+            self.job.board.row.remote(row, steps)
+
+    def wants_checkpoint(self) -> bool:
+        return time.monotonic() - self.saved > 60 * self.job.recipe.upkeep.minutes
+
+    def save(self, state: State) -> None:
+        self.saved = time.monotonic()
+        self.writer.save(state)
+
+    def check(self, method: Method, step: int) -> dict[str, float]:
+        if self.job.check is None:
+            return {}
+        figures, panels = self.job.check(method, self.place)
+        if panels:
+            self.writer.do(partial(tensorboard.write_panels, self.store, self.job.run, step, time.time(), panels))
+        return figures
+
+    def spoilt(self, error: NonFiniteLoss) -> None:
+        """Leave the worker's samples on the store, and the reason with the flow."""
+        ray.get(self.job.board.fails.remote(str(error), error.own))
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _publish(self, state: State) -> None:
+        rows = [Row(**row) for row in state["rows"]]
+        write_metrics(self.store, self.job.run, rows)
+        tensorboard.write_scalars(self.store, self.job.run, rows)
 
 
 @ray.remote
 class _Board:
-    """Where workers leave what the flow's log shows: their own output stays on their machines."""
+    """Where workers leave what the flow shows: their own output stays on their machines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.problem = ""
+        self.latest: tuple[Row, int] | None = None
+        self.told = -math.inf
+        self.attempts, self.reached, self.world = 0, -1, 0
+        self.stumbled = self.failed = ""
 
-    def say(self, line: str) -> None:
+    def begins(self, step: int, world: int) -> bool:
+        """An attempt to go on from a step; True: there were too many of them, the run has failed.
+
+        Another number of workers is no failure: nodes have come or gone.
+        """
+        if self.failed:
+            return True
+        again = step <= self.reached and world == self.world
+        self.attempts = self.attempts + 1 if again else 1
+        self.reached, self.world = max(self.reached, step), world
+        if self.attempts > _ATTEMPTS:
+            why = self.stumbled or "workers died, perhaps for lack of memory; see Ray's logs"
+            self.failed = f"{_ATTEMPTS} attempts got no further than the checkpoint of step {self.reached}: {why}"
+            return True
+        if step or self.attempts > 1:
+            where = f"from the checkpoint of step {step}" if step else "from the start"
+            self.says(f"going on {where} with {world} workers (attempt {self.attempts} of {_ATTEMPTS} from there)")
+        return False
+
+    def says(self, line: str) -> None:
         self.lines.append(line)
 
-    def fail(self, problem: str, own: bool) -> None:
-        """All workers fail at once; the one whose samples are at fault is to be heard."""
-        if own or not self.problem:
-            self.problem = problem
+    def row(self, row: Row, steps: int) -> None:
+        """The flow's log has a line a minute, and fifty over the run."""
+        due = row.step * 50 // steps > (row.step - 1) * 50 // steps or row.time > self.told + 60
+        if due or row.figures:
+            self.lines.append(f"step {row.step} of {steps}: {row}")
+            self.told = row.time
+        self.latest = row, steps
+
+    def stumbles(self, problem: str) -> None:
+        """A worker met what another attempt may get past."""
+        self.stumbled = problem
+        self.says(f"stopped: {problem}")
+
+    def fails(self, problem: str, own: bool) -> None:
+        """What no attempt would get past. All workers fail at once; the one at fault is to be heard."""
+        if own or not self.failed:
+            self.failed = problem
 
     def failure(self) -> str:
-        return self.problem
+        return self.failed
 
-    def take(self) -> list[str]:
+    def take(self) -> tuple[list[str], tuple[Row, int] | None]:
         lines, self.lines = self.lines, []
-        return lines
-
-
-def _log_lines(board: Any) -> None:
-    for line in ray.get(board.take.remote()):
-        log.info("%s", line)
+        latest, self.latest = self.latest, None
+        return lines, latest

@@ -13,14 +13,15 @@ from infra.errors import TesseraError
 from preprocessing.geometry import Frame, Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import Category, LabelTable
-from preprocessing.shards import ShardConfig
+from preprocessing.shards import ShardConfig, ShardSet
 from training.backbones import build_backbone
 from training.backbones.weights import LoadReport, fingerprint
 from training.methods import METHODS
 from training.methods.base import Method, MethodConfig
 from training.reader import ReaderConfig
+from training.shares import Plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every run's path: raise it when the same recipe would train differently."""
 
 
@@ -29,7 +30,7 @@ class TrainConfig:
     """Optimisation. Schedules are in epochs, so that they hold for any data set and batch."""
 
     batch: int
-    """Images per optimizer step over all workers; accumulation follows from their number."""
+    """Images per optimizer step over all workers; each one's share follows from their number."""
     epochs: float
     """Passes over the train split."""
     lr: float
@@ -47,17 +48,16 @@ class TrainConfig:
     ema: float = 0.0
     """Decay per step of the moving average of the weights that evaluation uses; 0: none."""
     micro_batch: int = 32
-    """Most images one worker takes at once."""
+    """Most images one worker takes at once; the rest of its share follows in further passes. No part of a run's
+    identity."""
     bf16: bool = True
     """Autocast to bfloat16; losses stay in float32."""
     compile: bool = False
     """torch.compile the network: a minute at the start for faster steps, where benchmarks/train_step.py shows any."""
-    checkpoints: int = 10
-    """Checkpoints written over the run."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = min(self.batch, self.micro_batch, self.checkpoints) >= 1 and min(self.epochs, self.lr) > 0
+        positive = min(self.batch, self.micro_batch) >= 1 and min(self.epochs, self.lr) > 0
         finite = math.isfinite(self.epochs + self.lr + self.weight_decay)
         positive = positive and (self.clip is None or 0 < self.clip < math.inf)
         if not (positive and finite and self.weight_decay >= 0 and all(0 <= beta < 1 for beta in self.betas)):
@@ -77,13 +77,27 @@ class TrainConfig:
         left = (1 - done) ** 0.9 if self.decay == "poly" else 0.5 * (1 + math.cos(math.pi * done))
         return min(1.0, (step + 1) / warmup) * left
 
-    def split_batch(self, workers: int) -> tuple[int, int]:
-        """(images per worker and forward pass, passes per step). TesseraError if it cannot be exact."""
-        if self.batch % workers:
-            raise TesseraError(f"a total batch of {self.batch} does not divide among {workers} workers")
-        share = self.batch // workers
-        passes = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= self.micro_batch)
-        return share // passes, passes
+
+@dataclass(frozen=True, kw_only=True)
+class UpkeepConfig:
+    """How a run is kept and watched. No part of its identity: it trains the same weights with any of these."""
+
+    checkpoints: int = 10
+    """Checkpoints written over the run at the least."""
+    minutes: float = 20.0
+    """Most time between two of them."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the one with the best PQ."""
+    check_epochs: float | None = None
+    """Epochs between measurements of PQ on `check_images` val images, and one at the end; None: none."""
+    check_images: int = 200
+    """Val images that PQ is measured on during training, always the same ones."""
+
+    def __post_init__(self) -> None:
+        if min(self.checkpoints, self.keep, self.check_images) < 1 or self.minutes <= 0:
+            raise TesseraError(f"upkeep config: checkpoints, minutes, keep, check_images must be positive: {self}")
+        if self.check_epochs is not None and not 0 < self.check_epochs < math.inf:
+            raise TesseraError(f"upkeep config: PQ every {self.check_epochs} epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +110,7 @@ class Recipe:
     shards: ShardConfig
     train: TrainConfig
     reader: ReaderConfig = field(default_factory=ReaderConfig)
+    upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)
     frame: Frame | None = None
     """How images come onto the network's grid in evaluation; None: squashed to the train shards' grid."""
 
@@ -182,16 +197,27 @@ class Recipe:
             return None
         return build_backbone(self.method.backbone, self.evaluated.size).load_pretrained()
 
-    def run_path(self, train_set: str) -> str:
-        """Folder of a run on the shards at `train_set`. Decoding is no part of training, nor is the recipe's name.
+    def plan(self, shards: ShardSet) -> Plan:
+        """How the batches of a run on these shards are drawn, whoever reads them."""
+        return self.reader.plan(self.train.batch, sum(1 for shard in shards.shards if shard.image_ids))
 
-        Reads the pretrained weights' file, whose content is; TesseraError where there is none.
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is trained: not decoding, upkeep, the name, or how many images a worker takes at once.
+
+        Reads the pretrained weights' file, whose content is part of it; TesseraError where there is none.
         """
         facts: dict[str, Any] = dataclasses.asdict(self) | {"version": self.method.version}
-        facts.pop("name")
+        for name in ("name", "upkeep"):
+            facts.pop(name)
         facts["method"].pop("decode")
+        facts["train"].pop("micro_batch")
         facts["method"]["backbone"]["weights"] = fingerprint(self.method.backbone.weights)
-        return artifacts.step_path("train", SCHEMA_VERSION, facts, [train_set])
+        return facts
+
+    def run_path(self, train_set: str, init: str | None = None) -> str:
+        """Folder of a run on the shards at `train_set` that starts with the weights of the run `init`, if any."""
+        return artifacts.step_path("train", SCHEMA_VERSION, self.identity, [train_set, *([init] if init else [])])
 
 
 def _changed(config: Any, place: str, options: dict[str, Any]) -> Any:

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors.torch import load
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from infra import artifacts
 from infra.errors import TesseraError
-from infra.store import open_store
-from preprocessing.labels import LabelTable
+from infra.store import Store, open_store
+from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import read_set
 from training.methods.base import Method
 from training.recipe import Recipe
@@ -19,22 +21,19 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run and how it went."""
+    """A finished run. How it went is in its table: metrics.read_metrics."""
 
     path: str
-    """Folder under the store's root; it holds the weights and the manifest."""
+    """Folder under the store's root; it holds the weights, the metrics' table and the manifest."""
     steps: int
     workers: int
     seconds: float
     """Of the last attempt, waiting for workers included."""
-    history: tuple[dict[str, Any], ...]
-    """Rows of loop.Progress."""
 
     @classmethod
     def of(cls, path: str, manifest: dict[str, Any]) -> "TrainedRun":
         """From the manifest's content."""
-        history = tuple(manifest["history"])
-        return cls(path, manifest["steps"], manifest["workers"], manifest["seconds"], history)
+        return cls(path, manifest["steps"], manifest["workers"], manifest["seconds"])
 
 
 def read_run(store_url: str, path: str) -> TrainedRun | None:
@@ -47,18 +46,16 @@ def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None
     """Recipe and trained method of a finished run, with nothing but the store at hand; in evaluation mode, on the CPU.
 
     options: other ones of decoding, as Recipe.decoding takes them. The label table is that of the shards it was trained
-    on. Raises TesseraError if there is no finished run at
-    `path`, if its shards' manifest is gone, and for one that another version has written.
+    on. Raises TesseraError if there is no finished run at `path`, if its shards' manifest is gone, and for one that
+    another version has written.
     """
     store = open_store(store_url)
     content = artifacts.read_manifest(store, path)
     if content is None:
         raise TesseraError(f"{store.url_for(path)}: no finished run")
-    shards = read_set(store, content["train_set"])
-    if shards is None:
-        raise TesseraError(f"{store.url_for(path)}: its data set {content['train_set']} has no manifest any more")
+    labels = _labels_of(store, path, content)
     recipe = Recipe.from_json(content["recipe"]).decoding(options or {})
-    return recipe, load_method(recipe, shards.labels, store_url, path)
+    return recipe, load_method(recipe, labels, store_url, path)
 
 
 def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -> Method:
@@ -66,3 +63,51 @@ def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -
     method = recipe.build(labels)
     method.load_state_dict(load(open_store(store_url).read(f"{path}/{WEIGHTS}")))
     return method.eval()
+
+
+def write_weights(store: Store, path: str, weights: dict[str, Tensor]) -> None:
+    """The trained weights of a run."""
+    store.write(f"{path}/{WEIGHTS}", save({name: value.contiguous() for name, value in weights.items()}))
+
+
+def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str) -> dict[str, Tensor]:
+    """Those weights of the finished run at `init` that a run of `recipe` on other data can start with.
+
+    With the same categories all of them; with others all whose shape does not follow from the number of categories.
+    Raises TesseraError if there is no such run, or if its network is another one.
+    """
+    store = open_store(store_url)
+    content = artifacts.read_manifest(store, init)
+    if content is None:
+        raise TesseraError(f"{store.url_for(init)}: no finished run to start from")
+    theirs = _labels_of(store, init, content)
+    weights = load(store.read(f"{init}/{WEIGHTS}"))
+    with torch.device("meta"):
+        ours, more = (recipe.build(table).state_dict() for table in (labels, _with_one_more(labels)))
+    if theirs != labels:
+        weights = {n: value for n, value in weights.items() if n in ours and more[n].shape == ours[n].shape}
+        ours = {n: value for n, value in ours.items() if more[n].shape == value.shape}
+    differ = [n for n in ours.keys() | weights.keys() if _shape(ours, n) != _shape(weights, n)]
+    if differ:
+        name = min(differ)
+        raise TesseraError(
+            f"{store.url_for(init)}: its network is another one than that of recipe {recipe.name}: {len(differ)} "
+            f"weights differ, as {name}: {_shape(weights, name)} there, {_shape(ours, name)} here"
+        )
+    return weights
+
+
+def _shape(weights: dict[str, Tensor], name: str) -> list[int] | None:
+    return list(weights[name].shape) if name in weights else None
+
+
+def _with_one_more(labels: LabelTable) -> LabelTable:
+    more = max(c.dataset_id for c in labels.categories) + 1
+    return LabelTable((*labels.categories, Category(more, "one more", False, (0, 0, 0))))
+
+
+def _labels_of(store: Store, path: str, manifest: dict[str, Any]) -> LabelTable:
+    shards = read_set(store, manifest["train_set"])
+    if shards is None:
+        raise TesseraError(f"{store.url_for(path)}: its data set {manifest['train_set']} has no manifest any more")
+    return shards.labels

@@ -7,6 +7,7 @@ import pytest
 
 from evaluation import compare
 from evaluation.ray_evaluate import evaluate
+from evaluation.report import pace
 from infra.store import open_store
 from preprocessing.coco import read_index
 from preprocessing.shards import ShardConfig
@@ -14,6 +15,7 @@ from preprocessing.synthetic import SyntheticConfig, write_set
 from preprocessing.validate import main as validate
 from tests.support.finished_run import finished_run
 from tests.support.ray_local import ray_local  # noqa: F401
+from tests.support.rows import course
 from tests.support.shard_sets import make_set
 from training.recipes import panoptic_deeplab
 from training.recipes.generalist import debug
@@ -100,3 +102,13 @@ def test_runs_that_differ_in_seeds_alone_are_averaged(opened):
     for shown, column in zip(averaged[2:5], (1, 3, 5), strict=True):
         assert float(shown.split()[0]) == pytest.approx((float(runs[0][column]) + float(runs[1][column])) / 2, abs=0.11)
     assert "options that only some have" in opened.locator("details summary").inner_text()
+
+
+@pytest.mark.parametrize("opened", ["report"], indirect=True)
+def test_the_report_tells_how_training_went(opened):
+    facts = dict(row.locator("th, td").all_inner_texts() for row in opened.locator(".facts tr").all())
+    assert facts["pace"] == pace(course())
+    assert "best PQ while training" in facts["pace"]
+    drawn = opened.locator("h2", has_text="Training").locator("xpath=following-sibling::div[1]//*[name()='svg']")
+    assert drawn.count() == 1
+    assert "<!-- PQ on the fixed val images, % -->" in drawn.inner_html()

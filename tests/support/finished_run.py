@@ -1,4 +1,4 @@
-"""A finished run without training: fresh weights, and the manifest that training writes."""
+"""A finished run without training: fresh weights, and the table and the manifest that training writes."""
 
 from pathlib import Path
 
@@ -9,7 +9,9 @@ from infra import artifacts
 from infra.store import open_store
 from preprocessing.coco import read_index
 from preprocessing.synthetic import SyntheticConfig, write_set
+from tests.support.rows import course
 from tests.support.shard_sets import make_set
+from training.metrics import write_metrics
 from training.recipe import Recipe
 from training.recipes.generalist import debug
 from training.run import WEIGHTS
@@ -25,6 +27,7 @@ def finished_run(folder: Path, store_url: str, recipe: Recipe | None = None) -> 
         torch.manual_seed(3)
         weights = recipe.build(index.labels).state_dict()
     store.write(f"{path}/{WEIGHTS}", save({name: value.contiguous() for name, value in weights.items()}))
-    content = {"recipe": recipe, "train_set": shards.path, "steps": 0, "workers": 1, "seconds": 0.0, "history": []}
+    write_metrics(store, path, course())
+    content = {"recipe": recipe, "train_set": shards.path, "steps": 0, "workers": 1, "seconds": 0.0}
     artifacts.write_manifest(store, path, content)
     return store.url_for(path)

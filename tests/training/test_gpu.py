@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from evaluation.pq import PQStats, compare, summarise
 from preprocessing.synthetic import CATEGORIES
 from tests.support.examples import batch_of, scenes, table, truth
 from training.batch import Batch
-from training.loop import Place, _Guard, _Meter, _Run, _step
+from training.dry_run import DoesNotFit
+from training.loop import Trainer
+from training.parallel import Place
 from training.recipe import Recipe
 from training.recipes.generalist import base_420, debug, demo
+from training.shares import Plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = Place(device=torch.device("cuda"))
@@ -27,12 +31,13 @@ def strict() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def steps(recipe: Recipe, batch: Batch, count: int) -> _Run:
-    method = recipe.build(COCO).to("cuda").to(memory_format=torch.channels_last)
-    run, meter, guard = _Run(method, recipe.train, 100), _Meter(), _Guard(GPU.device)
+def steps(recipe: Recipe, batch: Batch, count: int) -> Trainer:
+    images = len(batch.keys)
+    recipe = replace(recipe, train=replace(recipe.train, batch=images))
+    trainer = Trainer(recipe, recipe.build(COCO), 100, GPU, Plan(images, 1, 1).share(0, 1, images))
     for _ in range(count):
-        _step(run, method, itertools.repeat(batch), 1, GPU, meter, guard)
-    return run
+        trainer.take_step(itertools.repeat(batch))
+    return trainer
 
 
 def test_the_host_does_not_wait_within_a_step(strict):
@@ -58,3 +63,14 @@ def test_ideal_outputs_decode_alike_on_both_devices_and_keep_pq_99(make: Callabl
     for example, found in zip(examples, there, strict=True):
         stats += compare(truth(example), found, len(CATEGORIES))
     assert summarise(stats, CATEGORIES)["pq"]["all"] >= 99
+
+
+def test_a_pass_that_does_not_fit_is_told_with_what_helps():
+    recipe = base_420().changed({"method.backbone.weights": None})
+    torch.cuda.set_per_process_memory_fraction(0.05)
+    try:
+        trainer = Trainer(recipe, recipe.build(COCO), 100, GPU, Plan(256, 1, 1).share(0, 1, 256))
+        with pytest.raises(DoesNotFit, match="256 images of 420 x 420 .* train.micro_batch"):
+            trainer.dry_run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

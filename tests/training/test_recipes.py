@@ -13,7 +13,7 @@ from tests.support.examples import table
 from training import methods
 from training.augment import Crop
 from training.methods.generalist.config import GeneralistConfig
-from training.recipe import Recipe, TrainConfig
+from training.recipe import Recipe, TrainConfig, UpkeepConfig
 from training.recipes import PUBLISHED, RECIPES, generalist, panoptic_deeplab, recipe
 from training.recipes.generalist import debug, demo
 
@@ -61,11 +61,16 @@ def test_a_recipe_builds_without_memory(make: Make):
 
 @ALL
 def test_batches_of_a_recipe_divide_among_1_2_4_and_8_workers(make: Make):
-    train = make().train
+    made = make()
+    batch, most = made.train.batch, made.train.micro_batch
+    plan = made.reader.plan(batch, 1000)
+    assert plan.streams == min(made.reader.streams, batch) == min(8, batch)
     for workers in (1, 2, 4, 8):
-        if train.batch >= workers:
-            images, passes = train.split_batch(workers)
-            assert images * passes * workers == train.batch
+        if batch >= workers:
+            shares = [plan.share(rank, workers, most) for rank in range(workers)]
+            assert {share.images for share in shares} == {batch // workers}
+            assert len({share.passes for share in shares}) == 1
+            assert plan.told(workers, most).startswith(f"{batch} images = {workers} workers x (")
 
 
 @pytest.mark.parametrize(
@@ -75,8 +80,11 @@ def test_batches_of_a_recipe_divide_among_1_2_4_and_8_workers(make: Make):
     ids=["base_420", "coco", "cityscapes"],
 )
 def test_the_papers_sets_make_a_shard_for_every_reader_of_eight_workers(images: int, make: Make):
+    """Each worker has reader processes of its own."""
     made = make()
-    made.reader.refuse_few_shards(images // made.shards.samples, 8)
+    plan = made.reader.plan(made.train.batch, images // made.shards.samples)
+    assert (plan.streams, plan.phases) == (8, 8)
+    assert plan.share(7, 8, made.train.micro_batch).streams == (7,)
 
 
 def test_an_unknown_method_is_answered_with_all_methods(monkeypatch: pytest.MonkeyPatch):
@@ -111,6 +119,7 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 GIVEN: dict[str, Any] = {
     "crop": Crop(size=(64, 64), short_side=(64, 96), long_side=128),
     "frame": Frame(size=(64, 64), keep_aspect=True),
+    "check_epochs": 0.5,
 }
 """What an option may be that is None."""
 NEIGHBOURS = {"cosine": "poly", "alternate": "joint", "joint": "alternate", "task": "panoptic", "embedding": "direct"}
@@ -148,8 +157,9 @@ def options(base: Recipe) -> list:
 
 
 @pytest.mark.parametrize(("base", "path"), options(debug()) + options(demo()) + options(panoptic_deeplab.debug_pisr()))
-def test_a_runs_path_depends_on_every_option_but_those_of_decoding(base: Recipe, path: tuple[str, ...]):
-    assert (changed(base, path).run_path("set") == base.run_path("set")) == (path[:2] == ("method", "decode"))
+def test_a_runs_path_depends_on_every_option_that_changes_what_is_trained(base: Recipe, path: tuple[str, ...]):
+    others = path[:2] in (("method", "decode"), ("train", "micro_batch")) or path[0] == "upkeep"
+    assert (changed(base, path).run_path("set") == base.run_path("set")) == others
 
 
 def test_a_runs_path_does_not_depend_on_the_recipes_name():
@@ -228,7 +238,6 @@ def test_what_shards_do_not_depend_on_computes_none_anew(options: dict):
     [
         ({"batch": 0}, "positive"),
         ({"micro_batch": 0}, "positive"),
-        ({"checkpoints": 0}, "positive"),
         ({"epochs": 0.0}, "positive"),
         ({"lr": -1.0}, "positive"),
         ({"warmup_epochs": 2.0}, "2.0 warm-up epochs in 2"),
@@ -245,3 +254,21 @@ def test_what_shards_do_not_depend_on_computes_none_anew(options: dict):
 def test_train_options_out_of_range_are_refused(change: dict, told: str):
     with pytest.raises(TesseraError, match=told):
         TrainConfig(**{"batch": 4, "epochs": 2, "lr": 1e-3, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"checkpoints": 0}, "positive"),
+        ({"keep": 0}, "positive"),
+        ({"check_images": 0}, "positive"),
+        ({"minutes": 0.0}, "positive"),
+        ({"check_epochs": 0.0}, "PQ every 0.0 epochs"),
+        ({"check_epochs": float("inf")}, "PQ every inf epochs"),
+        ({"check_epochs": float("nan")}, "PQ every nan epochs"),
+    ],
+    ids=str,
+)
+def test_upkeep_options_out_of_range_are_refused(change: dict, told: str):
+    with pytest.raises(TesseraError, match=told):
+        UpkeepConfig(**change)

@@ -128,7 +128,8 @@ class Method(nn.Module, ABC):
         groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
-                key = (layers.get(id(parameter), top), parameter.squeeze().ndim > 1)
+                matrix = sum(side > 1 for side in parameter.shape) > 1
+                key = (layers.get(id(parameter), top), matrix)
                 groups.setdefault(key, []).append(parameter)
         return [
             {"params": found, "lr": lr * layer_decay ** (top - layer), "weight_decay": weight_decay * matrix}

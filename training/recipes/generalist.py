@@ -8,7 +8,7 @@ from preprocessing.shards import ShardConfig
 from training.backbones import LiteConfig, StemVitConfig, VitConfig
 from training.methods.generalist.config import DecodeConfig, GeneralistConfig
 from training.reader import ReaderConfig
-from training.recipe import Recipe, TrainConfig
+from training.recipe import Recipe, TrainConfig, UpkeepConfig
 
 _BASE = VitConfig(weights="hub:facebook/dinov2-base")
 _LARGE = VitConfig(width=1024, depth=24, heads=16, layers=(5, 12, 18, 24), weights="hub:facebook/dinov2-large")
@@ -136,7 +136,8 @@ def debug() -> Recipe:
             eds_distance=4.0,
         ),
         shards=ShardConfig(grid=(32, 32), radius=10, samples=4),
-        train=TrainConfig(batch=4, epochs=6, warmup_epochs=0.1, lr=1e-3, checkpoints=3),
+        train=TrainConfig(batch=4, epochs=6, warmup_epochs=0.1, lr=1e-3),
+        upkeep=UpkeepConfig(checkpoints=3),
     )
 
 

@@ -1,0 +1,137 @@
+"""Checkpoints of a run on the store: each one object, so it is there whole or not at all.
+
+`<run>/checkpoints/<step>.pt` holds a State. The newest few are kept, and the one with the best PQ.
+"""
+
+import io
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import torch
+
+from infra.errors import TesseraError
+from infra.store import Store
+
+State = dict[str, Any]
+"""What a run goes on from; tensors and plain values only, the same for any number of workers.
+
+step: steps done. With the recipe it says which images come next, the learning rate, and the noise to come: a step's
+    random draws follow from seed, step and rank.
+method, ema, optimizer: whole tensors on the CPU, by parameter name; ema is None without an average.
+rows: metrics.Row as dicts, of all steps so far.
+recipe, code: the config, and the version of the code that wrote it.
+"""
+
+_FOLDER = "checkpoints"
+log = logging.getLogger("tessera.train")
+
+
+def steps_of(store: Store, run: str) -> list[int]:
+    """The steps of which there are checkpoints, the newest last."""
+    names = (entry.key.rpartition("/")[2] for entry in store.list(f"{run}/{_FOLDER}/"))
+    return sorted(int(name.removesuffix(".pt")) for name in names if re.fullmatch(r"\d+\.pt", name))
+
+
+def newest(store: Store, run: str) -> State | None:
+    """The newest checkpoint that can be read, or None. One that cannot is passed over with a warning."""
+    for step in reversed(steps_of(store, run)):
+        try:
+            return read_state(store, run, step)
+        except TesseraError as error:
+            log.warning("%s; trying the one before", error)
+    return None
+
+
+def read_state(store: Store, run: str, step: int) -> State:
+    """The checkpoint of a step. TesseraError if it is gone or damaged."""
+    key = _key(run, step)
+    data = store.read(key)
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        if state["step"] != step:
+            raise ValueError(f"it is of step {state['step']}")
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise TesseraError(f"{store.url_for(key)}: expected a checkpoint of step {step}: {error}") from error
+    return state
+
+
+def best_step(rows: list[dict[str, Any]]) -> int | None:
+    """The step with the highest PQ on the fixed val images; of equals the earliest, None where there is none."""
+    measured = [row for row in rows if "pq" in row["figures"]]
+    return max(measured, key=lambda row: row["figures"]["pq"])["step"] if measured else None
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, and then whatever is told of them.
+
+    Training never waits for the store: of states that pile up while it is slow or away only the newest is written.
+    What went wrong there is raised by the next call.
+    """
+
+    def __init__(self, store: Store, run: str, keep: int, publish: Callable[[State], None]) -> None:
+        """publish: called after each write, in the same thread."""
+        self.store, self.run, self.keep, self.publish = store, run, keep, publish
+        self._thread, self._lock = ThreadPoolExecutor(1, "checkpoints"), Lock()
+        self._next: State | None = None
+        self._busy = False
+        self._error: Exception | None = None
+
+    def save(self, state: State) -> None:
+        """Take a state that nobody changes any more. Raises what an earlier write did."""
+        with self._lock:
+            self._raise()
+            self._next = state
+            if not self._busy:
+                self._busy = True
+                self._thread.submit(self._drain)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Something else to write, in turn."""
+        self._thread.submit(self._keeping_errors, work)
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown(wait=True)
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _drain(self) -> None:
+        while (state := self._take()) is not None:
+            self._keeping_errors(partial(self._write, state))
+
+    def _keeping_errors(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  # for the training thread to raise
+            with self._lock:
+                self._error = error
+
+    def _take(self) -> State | None:
+        with self._lock:
+            state, self._next = self._next, None
+            self._busy = state is not None
+            return state
+
+    def _write(self, state: State) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.store.write(_key(self.run, state["step"]), buffer.getvalue())
+        self.publish(state)
+        steps = steps_of(self.store, self.run)
+        kept = {*steps[-self.keep :], best_step(state["rows"])}
+        for step in steps:
+            if step not in kept and step < state["step"]:
+                self.store.delete(_key(self.run, step))
+
+
+def _key(run: str, step: int) -> str:
+    return f"{run}/{_FOLDER}/{step:08d}.pt"

@@ -1,0 +1,64 @@
+"""A pass at the largest shape before the first step: lack of memory shows in seconds, not after hours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from infra.errors import TesseraError
+from preprocessing.geometry import Size
+from preprocessing.labels import LabelTable
+from training.batch import Batch
+
+_SEGMENTS = 255  # more than nearly any image has; their table is small beside the maps
+KNOBS = (
+    "lower train.micro_batch (the total batch stays), make the images smaller (shards.grid, or reader.crop.size), or "
+    "spread the model over more workers (workers with sharded)"
+)
+
+
+def largest_batch(images: int, size: Size, labels: LabelTable, distances: bool) -> Batch:
+    """A batch of noise of `images` images of a height and width, with as many segments as real ones hardly have."""
+    generator = torch.Generator().manual_seed(0)  # the run's own noise stays as it is
+    images_BHW3 = torch.randint(0, 256, (images, *size, 3), generator=generator, dtype=torch.uint8)
+    rows, is_thing_C = (images, 1 + _SEGMENTS), torch.from_numpy(labels.is_thing)
+    category_BN = torch.randint(0, len(labels), rows, generator=generator)
+    area = size[0] * size[1] / _SEGMENTS
+    return Batch(
+        keys=tuple(f"dry run {i}" for i in range(images)),
+        images_B3HW=images_BHW3.permute(0, 3, 1, 2),
+        labels_BHW=torch.randint(1, 1 + _SEGMENTS, (images, *size), generator=generator, dtype=torch.uint8),
+        d2_BH2W=torch.zeros(images, size[0], 2, size[1], dtype=torch.int16) if distances else None,
+        category_BN=category_BN,
+        thing_BN=is_thing_C[category_BN],
+        crowd_BN=torch.zeros(rows, dtype=torch.bool),
+        area_BN=torch.full(rows, area),
+        centroid_BN2=2 * torch.rand(*rows, 2, generator=generator) - 1,
+    )
+
+
+class DoesNotFit(TesseraError):
+    """There is not enough memory for a pass; its text names what helps."""
+
+
+@contextmanager
+def optimizer_room(method: nn.Module) -> Iterator[None]:
+    """A context that holds as much memory as AdamW takes at its first step: two numbers a trained weight."""
+    held = [torch.empty_like(p).fill_(0) for p in method.parameters() if p.requires_grad for _ in range(2)]
+    yield
+    del held
+
+
+@contextmanager
+def telling_knobs(shape: str) -> Iterator[None]:
+    """Turn lack of memory into DoesNotFit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not lacking and "can't allocate memory" not in text and "not enough memory" not in text:
+            raise
+        first = text.split("\n")[0].split(". ")[0]
+        raise DoesNotFit(f"{shape} does not fit into memory: {KNOBS} ({first})") from error

@@ -1,0 +1,43 @@
+"""Names of runs: a name belongs to one config, so that a rerun of a changed one cannot pass for the same run."""
+
+import json
+from typing import Any
+
+from infra.errors import TesseraError
+from infra.store import Store
+
+
+def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
+    """Raise TesseraError, with every difference, if the name has been given to other facts than these."""
+    key = _key(name)
+    if not store.exists(key):
+        return
+    known, now = _flat(json.loads(store.read(key))["facts"]), _flat(facts)
+    differ = [
+        f"{field}: {known.get(field)!r} so far, {now.get(field)!r} now"
+        for field in sorted(known.keys() | now.keys())
+        if known.get(field) != now.get(field) and field.split(".")[0] in facts
+    ]
+    if differ:
+        raise TesseraError(
+            f"the run named {name!r} has been trained with another config; {'; '.join(differ)}. Take another name, "
+            "start the name anew (anew), or fine-tune (init)"
+        )
+
+
+def give(store: Store, name: str, run: str, facts: dict[str, Any]) -> None:
+    """Give the name to the run at a folder, whoever had it."""
+    content = {"run": run, "facts": facts}
+    store.write(_key(name), json.dumps(content, indent=1).encode())
+
+
+def _key(name: str) -> str:
+    return f"names/train/{name}.json"
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """{"train.lr": 0.001, ...}; tuples and lists are alike, as in JSON."""
+    if not isinstance(value, dict) or not value:
+        return {place: json.loads(json.dumps(value))}
+    parts = (_flat(below, f"{place}.{name}" if place else name) for name, below in value.items())
+    return {field: found for part in parts for field, found in part.items()}

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from infra.errors import TesseraError
 from infra.store import Store
@@ -64,6 +65,14 @@ def best_step(rows: list[dict[str, Any]]) -> int | None:
     """The step with the highest PQ on the fixed val images; of equals the earliest, None where there is none."""
     measured = [row for row in rows if "pq" in row["figures"]]
     return max(measured, key=lambda row: row["figures"]["pq"])["step"] if measured else None
+
+
+def best_weights(state: State) -> dict[str, Tensor]:
+    """The weights of a state that evaluation uses: the average where there is one."""
+    if state["ema"] is None:
+        return dict(state["method"])
+    averaged = state["ema"].items()
+    return {name.removeprefix("module."): value for name, value in averaged if name.startswith("module.")}
 
 
 class Writer:

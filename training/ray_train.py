@@ -3,7 +3,7 @@
 Checkpoints are our own (training.checkpoints), read and written by the workers: Ray only places and restarts them.
 """
 
-import dataclasses
+import json
 import logging
 import math
 import tempfile
@@ -30,10 +30,10 @@ from training.checkpoints import State
 from training.dry_run import DoesNotFit
 from training.loop import NonFiniteLoss, train
 from training.methods.base import Method
-from training.metrics import Row, read_metrics, write_metrics
+from training.metrics import Row, write_metrics
 from training.parallel import Place, agreed
 from training.recipe import Recipe
-from training.run import TrainedRun, read_run, start_weights, write_weights
+from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
 from training.shares import Crew
 
 _ATTEMPTS = 3  # to get past one checkpoint
@@ -107,10 +107,12 @@ def run_training(
         "steps": recipe.train.steps(train_set.samples),
         "workers": crew.workers,
         "seconds": time.monotonic() - started,
-        "best": checkpoints.best_step([dataclasses.asdict(row) for row in read_metrics(store, path)]),
         "code": code_version(),
     }
-    artifacts.write_manifest(store, path, content)
+    best = finish_best(store, path, content)
+    if best is not None:
+        log.info("best of the checked weights: PQ %.1f after step %d, %s", best["pq"], best["step"], best["run"])
+    artifacts.write_manifest(store, path, content | {"best": best})
     return TrainedRun.of(path, content)
 
 
@@ -222,6 +224,9 @@ class _Watcher:
 
     def spoilt(self, error: NonFiniteLoss) -> None:
         """Leave the worker's samples on the store, and the reason with the flow."""
+        facts = {"step": error.step, "gradient_norm": error.norm, "losses": error.losses, "samples": error.keys}
+        key = f"{self.job.run}/non_finite/{error.step:08d}-{self.place.rank}.json"
+        self.store.write(key, json.dumps(facts, indent=1).encode())
         ray.get(self.job.board.fails.remote(str(error), error.own))
 
     def close(self) -> None:

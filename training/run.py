@@ -1,7 +1,7 @@
 """Finished runs on the store."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from infra.errors import TesseraError
 from infra.store import Store, open_store
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import read_set
+from training.checkpoints import best_step, best_weights, read_state
 from training.methods.base import Method
+from training.metrics import read_metrics, write_metrics
 from training.recipe import Recipe
 
 WEIGHTS = "model.safetensors"
@@ -68,6 +70,26 @@ def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -
 def write_weights(store: Store, path: str, weights: dict[str, Tensor]) -> None:
     """The trained weights of a run."""
     store.write(f"{path}/{WEIGHTS}", save({name: value.contiguous() for name, value in weights.items()}))
+
+
+def finish_best(store: Store, path: str, content: dict[str, Any]) -> dict[str, Any] | None:
+    """The best checkpoint of a run by PQ on the fixed val images, as a finished run of its own: all commands take it.
+
+    content: what the run's manifest is to hold. Returns {"step", "pq", "run": its folder}, the run's own folder where
+    the last weights are the best, or None where PQ was not measured. TesseraError if the checkpoint is gone.
+    """
+    rows = read_metrics(store, path)
+    step = best_step([asdict(row) for row in rows])
+    if step is None:
+        return None
+    until = [row for row in rows if row.step <= step]
+    best = path
+    if step < content["steps"]:
+        best = artifacts.step_path("train", 1, {"best": step}, [path])
+        write_weights(store, best, best_weights(read_state(store, path, step)))
+        write_metrics(store, best, until)
+        artifacts.write_manifest(store, best, content | {"steps": step, "best_of": path})
+    return {"step": step, "pq": until[-1].figures["pq"], "run": best}
 
 
 def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ class Case:
     pause: float = 0.0
     tolerance: float = EXACT
     environ: dict[str, str] = field(default_factory=dict)
+    """Of the driver; {folder} is the case's."""
 
 
 def nothing(scene: Scene) -> None:
@@ -145,7 +146,7 @@ CASES = (
         at=70,
         restarts=False,
         pause=0.7,
-        environ={"TESSERA_CACHE": "cache"},
+        environ={"TESSERA_CACHE": "{folder}/cache"},
     ),
     Case(
         "elastic",

@@ -49,5 +49,5 @@ class Whereabouts:
 def workers(folder: Path) -> dict[int, Worker]:
     """The workers by rank that have left word."""
     told = [Worker(**json.loads(path.read_text())) for path in folder.glob("*.json")]
-    newest = max((one.time for one in told), default=0.0)
-    return {one.rank: one for one in told if one.time > newest - 1}  # of a larger group before there may be others
+    world = max(told, key=lambda one: one.time).world if told else 0
+    return {one.rank: one for one in told if one.rank < world}  # of a larger group before there may be others

@@ -70,7 +70,7 @@ def test_a_pass_that_does_not_fit_is_told_with_what_helps():
     torch.cuda.set_per_process_memory_fraction(0.05)
     try:
         trainer = Trainer(recipe, recipe.build(COCO), 100, GPU, Plan(256, 1, 1).share(0, 1, 256))
-        with pytest.raises(DoesNotFit, match="256 images of 420 x 420 .* train.micro_batch"):
+        with pytest.raises(DoesNotFit, match=r"256 images of 420 x 420 .* train\.micro_batch"):
             trainer.dry_run()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

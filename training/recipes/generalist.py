@@ -26,6 +26,7 @@ def _papers(name: str, backbone: VitConfig, side: int, epochs: float = 200, warm
         shards=ShardConfig(grid=(side, side), radius=math.ceil(2.5 * distance)),
         train=TrainConfig(batch=256, epochs=epochs, lr=5e-4, warmup_epochs=warmup_epochs, layer_decay=0.6),
         reader=ReaderConfig(shuffle=2048, workers=8),
+        upkeep=UpkeepConfig(check_epochs=epochs / 20, check_images=500),
     )
 
 
@@ -120,6 +121,7 @@ def demo() -> Recipe:
         method=_small_images(DecodeConfig(grid=32, reach=6, min_area=3e-3), distance=8.0),
         shards=ShardConfig(grid=(64, 64), radius=20, samples=150),
         train=TrainConfig(batch=8, epochs=8, warmup_epochs=0.12, lr=2e-3, betas=(0.9, 0.99), clip=5.0),
+        upkeep=UpkeepConfig(check_epochs=1, check_images=40),
     )
 
 

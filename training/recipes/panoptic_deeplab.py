@@ -10,7 +10,7 @@ from training.backbones import LiteConfig, PyramidConfig, StemVitConfig
 from training.methods.panoptic_deeplab.config import DecodeConfig, PanopticDeeplabConfig
 from training.parts.pisr import PisrConfig
 from training.reader import ReaderConfig
-from training.recipe import Recipe, TrainConfig
+from training.recipe import Recipe, TrainConfig, UpkeepConfig
 from training.recipes import generalist
 
 _RESNET = PyramidConfig(dilations=(2, 4, 8), weights="hub:microsoft/resnet-50")
@@ -19,7 +19,7 @@ _RESNET = PyramidConfig(dilations=(2, 4, 8), weights="hub:microsoft/resnet-50")
 def _papers(name: str, method: PanopticDeeplabConfig, frame: Size, crop: Crop, train: TrainConfig) -> Recipe:
     """The public code's training: Adam without decay or clipping, random scales and crops of images of any size.
 
-    Shards are small, so that Cityscapes' 2975 images make enough of them for the readers of 11 workers.
+    Shards are small, so that Cityscapes' 2975 images make one for every stream of every reader process.
     """
     return Recipe(
         name=f"panoptic_deeplab/{name}",
@@ -27,6 +27,7 @@ def _papers(name: str, method: PanopticDeeplabConfig, frame: Size, crop: Crop, t
         shards=ShardConfig(grid=None, radius=0, samples=32),
         train=dataclasses.replace(train, weight_decay=0.0, clip=None, decay="poly"),
         reader=ReaderConfig(shuffle=2048, workers=8, crop=crop),
+        upkeep=UpkeepConfig(check_epochs=train.epochs / 20, check_images=500),
         frame=Frame(size=frame, keep_aspect=True),
     )
 

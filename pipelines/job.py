@@ -1,5 +1,6 @@
 """What train-coco is asked to do. Imports no Prefect, so that a job can be refused before anything starts."""
 
+import sys
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -77,7 +78,10 @@ class TrainCoco(BaseModel):
         return self
 
     def check(self) -> None:
-        """Raise TesseraError for a store that cannot be written, and for `init` outside of it."""
+        """Raise TesseraError for more workers than can ever share the batch, a store that cannot be written, and for
+        `init` outside of it."""
+        chosen = self.resolved()
+        self.crew.told(chosen.reader.plan(chosen.train.batch, shards=sys.maxsize), chosen.train.micro_batch)
         open_store(self.storage).check()
         _ = self.init_path
 

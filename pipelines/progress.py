@@ -18,9 +18,7 @@ class TrainProgress:
     """ray_train.Watch: a bar, with what is left and the run's latest row beside it."""
 
     def __init__(self) -> None:
-        made = create_progress_artifact(0.0, key="training", description="starting the workers")
-        assert isinstance(made, UUID)  # a coroutine only where an event loop runs
-        self.artifact = made
+        self.artifact: UUID | None = None
         self.first: tuple[int, float] | None = None
         self.told = 0.0
 
@@ -30,8 +28,15 @@ class TrainProgress:
             return
         self.told = time.monotonic()
         left = (row.time - began) / max(row.step - first, 1) * (steps - row.step)
-        description = f"step {row.step} of {steps}, about {left / 60:.0f} min left: {row}"
         try:
-            update_progress_artifact(self.artifact, 100 * row.step / steps, description=description)
+            self._show(100 * row.step / steps, f"step {row.step} of {steps}, about {left / 60:.0f} min left: {row}")
         except (PrefectException, httpx.HTTPError) as error:  # a server that restarts must not end a week of training
             log.warning("the flow run's progress cannot be shown: %s", error)
+
+    def _show(self, percent: float, description: str) -> None:
+        if self.artifact is None:
+            made = create_progress_artifact(percent, key="training", description=description)
+            assert isinstance(made, UUID)  # a coroutine only where an event loop runs
+            self.artifact = made
+        else:
+            update_progress_artifact(self.artifact, percent, description=description)

@@ -6,7 +6,7 @@
 import io
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Lock
@@ -38,18 +38,25 @@ def steps_of(store: Store, run: str) -> list[int]:
     return sorted(int(name.removesuffix(".pt")) for name in names if re.fullmatch(r"\d+\.pt", name))
 
 
+class Damaged(TesseraError):
+    """The store holds something else than the checkpoint."""
+
+
 def newest(store: Store, run: str) -> State | None:
-    """The newest checkpoint that can be read, or None. One that cannot is passed over with a warning."""
+    """The newest checkpoint that is whole, or None. A damaged one is passed over with a warning.
+
+    TesseraError where the store does not answer: a run must not begin again for that.
+    """
     for step in reversed(steps_of(store, run)):
         try:
             return read_state(store, run, step)
-        except TesseraError as error:
+        except Damaged as error:
             log.warning("%s; trying the one before", error)
     return None
 
 
 def read_state(store: Store, run: str, step: int) -> State:
-    """The checkpoint of a step. TesseraError if it is gone or damaged."""
+    """The checkpoint of a step. Damaged, or TesseraError if it cannot be had at all."""
     key = _key(run, step)
     data = store.read(key)
     try:
@@ -57,13 +64,13 @@ def read_state(store: Store, run: str, step: int) -> State:
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}")
     except Exception as error:  # torch.load raises whatever the damage leads to
-        raise TesseraError(f"{store.url_for(key)}: expected a checkpoint of step {step}: {error}") from error
+        raise Damaged(f"{store.url_for(key)}: expected a checkpoint of step {step}: {error}") from error
     return state
 
 
-def best_step(rows: list[dict[str, Any]]) -> int | None:
-    """The step with the highest PQ on the fixed val images; of equals the earliest, None where there is none."""
-    measured = [row for row in rows if "pq" in row["figures"]]
+def best_step(rows: list[dict[str, Any]], steps: Collection[int]) -> int | None:
+    """Of these steps the one with the highest PQ on the fixed val images; of equals the earliest, None without any."""
+    measured = [row for row in rows if "pq" in row["figures"] and row["step"] in steps]
     return max(measured, key=lambda row: row["figures"]["pq"])["step"] if measured else None
 
 
@@ -135,10 +142,11 @@ class Writer:
         torch.save(state, buffer)
         self.store.write(_key(self.run, state["step"]), buffer.getvalue())
         self.publish(state)
-        steps = steps_of(self.store, self.run)
-        kept = {*steps[-self.keep :], best_step(state["rows"])}
-        for step in steps:
-            if step not in kept and step < state["step"]:
+        # newer ones are damaged, so that the run went on before them; its steps come to them again
+        steps = [step for step in steps_of(self.store, self.run) if step <= state["step"]]
+        best = best_step(state["rows"], steps)
+        for step in steps[: -self.keep]:
+            if step != best:
                 self.store.delete(_key(self.run, step))
 
 

@@ -1,5 +1,6 @@
 """A pass at the largest shape before the first step: lack of memory shows in seconds, not after hours."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ KNOBS = (
     "lower train.micro_batch (the total batch stays), make the images smaller (shards.grid, or reader.crop.size), or "
     "spread the model over more workers (workers with sharded)"
 )
+_LACK = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # torch, drivers, libraries
 
 
 def largest_batch(images: int, size: Size, labels: LabelTable, distances: bool) -> Batch:
@@ -43,11 +45,21 @@ class DoesNotFit(TesseraError):
 
 
 @contextmanager
-def optimizer_room(method: nn.Module) -> Iterator[None]:
-    """A context that holds as much memory as AdamW takes at its first step: two numbers a trained weight."""
-    held = [torch.empty_like(p).fill_(0) for p in method.parameters() if p.requires_grad for _ in range(2)]
+def optimizer_room(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context that holds as much memory as AdamW is still to take: two numbers a weight without moments."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
+    held = [torch.empty_like(p).fill_(0) for p in trained for _ in range(2)]
     yield
     del held
+
+
+@contextmanager
+def keeping_buffers(method: nn.Module) -> Iterator[None]:
+    """A context after which the statistics of norms are what they were."""
+    before = [buffer.clone() for buffer in method.buffers()]
+    yield
+    for buffer, value in zip(method.buffers(), before, strict=True):
+        buffer.copy_(value)
 
 
 @contextmanager
@@ -56,9 +68,10 @@ def telling_knobs(shape: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
+        text = str(error) or type(error).__name__
         lacking = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not lacking and "can't allocate memory" not in text and "not enough memory" not in text:
+        if not lacking and not any(words in text for words in _LACK):
             raise
-        first = text.split("\n")[0].split(". ")[0]
+        told = re.sub(r"^\[enforce fail [^\]]*\][^.]*\. ", "", text.split("\n")[0])  # where in torch's code
+        first = ". ".join(told.split(". ")[:2])
         raise DoesNotFit(f"{shape} does not fit into memory: {KNOBS} ({first})") from error

@@ -16,7 +16,7 @@ from preprocessing.shards import ShardSet
 from training import parallel
 from training.batch import Batch
 from training.checkpoints import State
-from training.dry_run import largest_batch, optimizer_room, telling_knobs
+from training.dry_run import keeping_buffers, largest_batch, optimizer_room, telling_knobs
 from training.methods.base import Method
 from training.metrics import Meter, Row, memory_gib
 from training.parallel import Place
@@ -150,10 +150,8 @@ class Trainer:
         average = get_ema_multi_avg_fn(self.config.ema)
         self.ema = AveragedModel(method, multi_avg_fn=average) if self.config.ema else None
         self.spread = parallel.spread(method, place)
-        if (
-            place.sharded and self.ema is not None
-        ):  # the average is called by nobody but evaluation, and lies where the weights do
-            parallel.spread(self.best, place)
+        if place.sharded and self.ema is not None:
+            parallel.spread(self.best, place)  # called by nobody but evaluation, it lies where the weights do
         if self.config.compile:
             method.network.compile()
         groups = method.parameter_groups(self.config.lr, self.config.weight_decay, self.config.layer_decay)
@@ -217,10 +215,11 @@ class Trainer:
         images, size = max(self.share.passes), self.recipe.trained
         shape = f"{images} images of {size[0]} x {size[1]}"
         distances = self.recipe.method.distance_radius > 0
-        with telling_knobs(f"a pass of {shape}"), optimizer_room(self.method):
+        with telling_knobs(f"a pass of {shape}"), optimizer_room(self.optimizer), keeping_buffers(self.method):
             batch = largest_batch(images, size, self.method.labels, distances)
             for step in range(3 if self.method.alternates else 1):
-                self._pass(self.spread, batch, step)  # and the exchange of gradients, whose buffers count too
+                for _ in self.share.passes[:2]:  # the second has the gradients of the first beside it
+                    self._pass(self.spread, batch, step)  # and the exchange of gradients, whose buffers count too
                 self.optimizer.zero_grad(set_to_none=True)
         return f"dry run: a pass of {shape} fits, {memory_gib(self.place.device):.1f} GiB held"
 

@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -163,8 +164,9 @@ def _worker(config: dict[str, Any]) -> None:
     watcher = _Watcher(job, place)
     try:
         init = start_weights(job.recipe, shards.labels, job.store_url, job.init) if job.init and not state else None
-        weights, _ = train(job.recipe, shards, job.store_url, place, state or None, watcher, init)
+        weights, rows = train(job.recipe, shards, job.store_url, place, state or None, watcher, init)
         if place.rank == 0:
+            watcher.publish(rows)  # once more: an earlier attempt may have died just after its last checkpoint
             write_weights(store, job.run, weights)
     except NonFiniteLoss as error:  # on all workers at once, and a restart would meet it again
         watcher.spoilt(error)
@@ -196,7 +198,7 @@ class _Watcher:
 
     def __init__(self, job: TrainJob, place: Place) -> None:
         self.job, self.place, self.store = job, place, open_store(job.store_url)
-        self.writer = checkpoints.Writer(self.store, job.run, job.recipe.upkeep.keep, self._publish)
+        self.writer = checkpoints.Writer(self.store, job.run, job.recipe.upkeep.keep, self._saved)
         self.saved = self.said = time.monotonic()
 
     def says(self, line: str) -> None:
@@ -232,10 +234,12 @@ class _Watcher:
     def close(self) -> None:
         self.writer.close()
 
-    def _publish(self, state: State) -> None:
-        rows = [Row(**row) for row in state["rows"]]
+    def publish(self, rows: Sequence[Row]) -> None:
         write_metrics(self.store, self.job.run, rows)
         tensorboard.write_scalars(self.store, self.job.run, rows)
+
+    def _saved(self, state: State) -> None:
+        self.publish([Row(**row) for row in state["rows"]])
 
 
 @ray.remote

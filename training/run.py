@@ -13,7 +13,7 @@ from infra.errors import TesseraError
 from infra.store import Store, open_store
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import read_set
-from training.checkpoints import best_step, best_weights, read_state
+from training.checkpoints import best_step, best_weights, read_state, steps_of
 from training.methods.base import Method
 from training.metrics import read_metrics, write_metrics
 from training.recipe import Recipe
@@ -79,7 +79,7 @@ def finish_best(store: Store, path: str, content: dict[str, Any]) -> dict[str, A
     the last weights are the best, or None where PQ was not measured. TesseraError if the checkpoint is gone.
     """
     rows = read_metrics(store, path)
-    step = best_step([asdict(row) for row in rows])
+    step = best_step([asdict(row) for row in rows], {*steps_of(store, path), content["steps"]})
     if step is None:
         return None
     until = [row for row in rows if row.step <= step]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from panopticapi.evaluation import PQStat, pq_compute_single_core
 
 from infra.store import open_store
 from preprocessing.synthetic import SyntheticConfig, write_set
+from training.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(1300)
 SET = SyntheticConfig(train=24, val=10, size=(48, 48), seed=7)
@@ -32,7 +34,8 @@ def coco(tmp_path):
 
 def test_from_coco_files_to_a_pq_report_that_the_panoptic_api_confirms(coco, tmp_path, s3_env):
     storage = f"s3://{s3_env.bucket}/{tmp_path.name}"
-    job = {"data": str(coco), "storage": storage, "recipe": "debug", "workers": 1}
+    checks = {"upkeep.check_epochs": 2, "upkeep.check_images": 4}
+    job = {"data": str(coco), "storage": storage, "recipe": "debug", "workers": 1, "options": checks}
     run = run_flow(tmp_path, job)
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
@@ -48,6 +51,7 @@ def test_from_coco_files_to_a_pq_report_that_the_panoptic_api_confirms(coco, tmp
     html = store.read(f"{folder}/report.html").decode()
     titles = ("image", "predicted semantic", "decoded centroids, red x, green y", "predicted panoptic", "ground truth")
     assert all(f"<figcaption>{title}</figcaption>" in html for title in titles)
+    check_what_training_left(store, tmp_path)
 
     before = {e.key: e.modified for e in store.list()}
     again = run_flow(tmp_path, job)
@@ -55,6 +59,26 @@ def test_from_coco_files_to_a_pq_report_that_the_panoptic_api_confirms(coco, tmp
     assert again.returncode == 0, repeated
     assert repeated.strip().splitlines()[-1] == last
     assert {e.key: e.modified for e in store.list()} == before
+
+
+def check_what_training_left(store, home):
+    """36 steps in 6 epochs: rows of all of them, PQ after every second epoch, the bar at its end."""
+    keys = [entry.key for entry in store.list("train/")]
+    found = {key.removesuffix("/manifest.json"): json.loads(store.read(key)) for key in keys if "manifest" in key}
+    ((run, manifest),) = [(folder, content) for folder, content in found.items() if "best_of" not in content]
+    rows = read_metrics(store, run)
+    assert [row.step for row in rows] == [*range(1, 37)]
+    assert [row.step for row in rows if row.figures] == [12, 24, 36]
+    best = manifest["best"]
+    assert best["pq"] == max(row.figures["pq"] for row in rows if row.figures)
+    assert found[best["run"]]["steps"] == best["step"]
+    assert f"{best['run']}/model.safetensors" in keys
+    kinds = [key.split("/")[3] for key in keys if key.startswith(f"{run}/tensorboard/")]
+    assert sorted(kinds) == ["panels"] * 3 + ["scalars"]
+    with sqlite3.connect(home / ".tessera/prefect/prefect.db") as database:
+        artifacts = dict(database.execute("select key, data from artifact"))
+    assert float(artifacts["training"]) == 100
+    assert {"training", "pq-report"} <= artifacts.keys()
 
 
 def check_against_panoptic_api(report, store, folder, coco, predictions):
@@ -82,7 +106,7 @@ def check_against_panoptic_api(report, store, folder, coco, predictions):
     ("job", "told"),
     [
         ({"bogus": 1}, "bogus"),
-        ({"recipe": "debug", "workers": 3}, "does not divide among 3 workers"),
+        ({"recipe": "debug", "workers": 5}, "5 training workers cannot share a batch of 4 images exactly"),
         ({"data": "/nowhere", "recipe": "debug"}, "/nowhere: not found"),
         ({"storage": "s3://tessera-absent/x", "recipe": "debug"}, "tessera-absent"),
     ],

@@ -1,0 +1,419 @@
+"""What a run goes on from: kept on either store, the newest whole one taken, and training never waits for it."""
+
+import itertools
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+
+from infra.errors import TesseraError
+from infra.store import FolderStore, Store, open_store
+from preprocessing.synthetic import CATEGORIES
+from tests.support.examples import batch_of, scenes
+from tests.support.rows import course
+from tests.training.ranks import recipe_of, trainer_of
+from training.checkpoints import Damaged, State, Writer, best_step, best_weights, newest, read_state, steps_of
+from training.metrics import Row, read_metrics, write_metrics
+from training.run import WEIGHTS, finish_best
+
+RUN = "train/0123"
+
+
+def state_of(step: int, pq: dict[int, float] | None = None) -> State:
+    """Plain but for the step; pq: what checks have found so far, by step."""
+    rows = [asdict(row) for row in course(step, every=1, checked=10**9)]
+    for row in rows:
+        row["figures"] = {"pq": pq[row["step"]]} if pq and row["step"] in pq else {}
+    weights = {"bias": torch.full((3,), float(step))}
+    return {"step": step, "rows": rows, "method": weights, "ema": None, "optimizer": {"state": {}}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def key(step: int) -> str:
+    return f"{RUN}/checkpoints/{step:08d}.pt"
+
+
+def write_all(store: Store, states: list[State], keep: int) -> list[list[int]]:
+    """Steps on the store after each; a new writer each time, as after a restart, so that none is passed over."""
+    found = []
+    for state in states:
+        writer = Writer(store, RUN, keep, lambda state: None)
+        writer.save(state)
+        writer.close()
+        found.append(steps_of(store, RUN))
+    return found
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal trees; tensors to the bit, with their types."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(value, right[name]) for name, value in left.items())
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return type(left) is type(right) and left == right
+
+
+def test_a_state_comes_back_as_it_was_from_either_store(store: Store):
+    trainer = trainer_of(recipe_of(ema=0.5), CATEGORIES, 8)
+    batches = itertools.repeat(batch_of(*scenes(4)))
+    for step in range(2):
+        trainer.take_step(batches)
+        trainer.row(16, False)[0].figures["pq"] = 40.0 + step
+    state = trainer.state()
+    assert state is not None
+    write_all(store, [state], 2)
+    found = newest(store, RUN)
+    assert found is not None
+    assert same(found, read_state(store, RUN, 2))
+    plain = pickle.loads(pickle.dumps(state))
+    assert same({**found, "recipe": None}, {**plain, "recipe": None})
+    assert found["recipe"] == plain["recipe"]
+    assert [Row(**row) for row in found["rows"]] == trainer.rows
+    assert sum(bool(value.any()) for row in found["optimizer"]["state"].values() for value in row.values()) > 50
+    again = trainer_of(recipe_of(ema=0.5), CATEGORIES, 8)
+    again.restore(found)
+    assert same(again.state(), state)
+
+
+def test_the_newest_is_taken(store: Store):
+    assert newest(store, RUN) is None
+    assert steps_of(store, RUN) == []
+    write_all(store, [state_of(step) for step in (9, 10, 123456789)], 5)
+    assert steps_of(store, RUN) == [9, 10, 123456789]
+    found = newest(store, RUN)
+    assert found is not None
+    assert found["step"] == 123456789
+
+
+def test_other_files_are_no_checkpoints(store: Store):
+    for name in ("notes.txt", "12.pt.bak", "x12.pt", "-3.pt", "last.pt", "12/weights.bin", ".pt"):
+        store.write(f"{RUN}/checkpoints/{name}", b"?")
+    store.write("train/01234/checkpoints/00000007.pt", b"of another run")
+    assert steps_of(store, RUN) == []
+    assert newest(store, RUN) is None
+    others = {entry.key for entry in store.list()}
+    write_all(store, [state_of(step) for step in (1, 2, 3)], 1)
+    assert {entry.key for entry in store.list()} == others | {key(3)}
+
+
+KEPT: dict[str, tuple[int, dict[int, float], list[list[int]]]] = {
+    "the last two": (2, {}, [[1], [1, 2], [2, 3], [3, 4], [4, 5]]),
+    "the last one": (1, {}, [[1], [2], [3], [4], [5]]),
+    "the best beside them": (2, {2: 50.0, 4: 40.0}, [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]),
+    "a better one in its place": (1, {2: 50.0, 4: 60.0}, [[1], [2], [2, 3], [4], [4, 5]]),
+    "of equals the earliest": (1, {2: 50.0, 3: 50.0, 4: 50.0}, [[1], [2], [2, 3], [2, 4], [2, 5]]),
+    "the best among the last": (2, {5: 50.0}, [[1], [1, 2], [2, 3], [3, 4], [4, 5]]),
+}
+
+
+@pytest.mark.parametrize(("keep", "pq", "expected"), KEPT.values(), ids=KEPT)
+def test_so_many_are_kept(folder: Store, keep: int, pq: dict[int, float], expected: list[list[int]]):
+    states = [state_of(step, {s: v for s, v in pq.items() if s <= step}) for step in range(1, 6)]
+    assert write_all(folder, states, keep) == expected
+
+
+def test_the_best_is_kept_on_s3(s3_env: Any, tmp_path: Path):
+    store = open_store(f"s3://{s3_env.bucket}/{tmp_path.name}")
+    assert write_all(store, [state_of(step, {1: 9.0}) for step in range(1, 5)], 2)[-1] == [1, 3, 4]
+
+
+def test_a_best_one_that_was_never_written_keeps_none_from_being_the_best(folder: Store):
+    """Of states that pile up only the newest is written, so that a step with a row may have no checkpoint."""
+    pq = {1: 30.0, 2: 50.0, 3: 20.0}
+    states = [state_of(1, pq), state_of(3, pq), state_of(4, pq)]
+    assert write_all(folder, states, 1) == [[1], [1, 3], [1, 4]]
+    rows = states[-1]["rows"]
+    assert [best_step(rows, steps) for steps in ([1, 4], [1, 2, 3], {3, 4}, [4], [])] == [1, 2, 3, None, None]
+
+
+def test_checkpoints_after_the_one_that_a_run_goes_on_from_crowd_none_out(folder: Store):
+    """They were damaged; the run overwrites them, or passes and then deletes them."""
+    for step in (7, 8):
+        folder.write(key(step), b"damaged")
+    assert write_all(folder, [state_of(step) for step in (4, 5, 6, 8, 10)], 2) == [
+        [4, 7, 8],
+        [4, 5, 7, 8],
+        [5, 6, 7, 8],
+        [7, 8],
+        [8, 10],
+    ]
+
+
+class Harm:
+    """Pickled code."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (Path("/tmp/tessera-pickled-code-ran"),)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "its end lost": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "garbage": lambda data: b"\x93" * len(data),
+    "another step": lambda data: saved(state_of(2)),
+    "no state": lambda data: saved([1, 2]),
+    "without a step": lambda data: saved({"method": {}}),
+    "code": lambda data: saved({"step": 3, "rows": Harm()}),
+    "bare code": lambda data: pickle.dumps(Harm()),
+}
+
+
+def saved(value: Any) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_one_is_passed_over_with_a_warning(
+    folder: Store, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+):
+    Path("/tmp/tessera-pickled-code-ran").unlink(missing_ok=True)
+    write_all(folder, [state_of(step) for step in (1, 2, 3)], 3)
+    folder.write(key(3), damage(folder.read(key(3))))
+    with caplog.at_level(logging.WARNING):
+        found = newest(folder, RUN)
+    assert found is not None
+    assert found["step"] == 2
+    (record,) = caplog.records
+    told = f"{folder.url}/{key(3)}: expected a checkpoint of step 3: "
+    assert record.getMessage().startswith(told)
+    assert record.getMessage().endswith("; trying the one before")
+    assert not Path("/tmp/tessera-pickled-code-ran").exists()
+    with pytest.raises(Damaged, match="expected a checkpoint of step 3"):
+        read_state(folder, RUN, 3)
+
+
+def test_of_damaged_ones_alone_there_is_none(folder: Store, caplog: pytest.LogCaptureFixture):
+    for step in (1, 2):
+        folder.write(key(step), b"?")
+    assert newest(folder, RUN) is None
+    assert len(caplog.records) == 2
+
+
+@dataclass(frozen=True)
+class Troubled(FolderStore):
+    """A folder whose writes wait for `free`, say `begun`, and can be made to fail; reads can be, too."""
+
+    free: Event = field(default_factory=Event)
+    begun: Event = field(default_factory=Event)
+    fails: Event = field(default_factory=Event)
+    away: Event = field(default_factory=Event)
+
+    def write(self, key: str, data: bytes) -> None:
+        self.begun.set()
+        assert self.free.wait(20)
+        if self.fails.is_set():
+            raise TesseraError(f"cannot write {key}")
+        super().write(key, data)
+
+    def read(self, key: str) -> bytes:
+        if self.away.is_set():
+            raise TesseraError(f"cannot read {key}: it does not answer")
+        return super().read(key)
+
+
+@pytest.fixture
+def troubled(folder: Store) -> Iterator[Troubled]:
+    store = Troubled(folder.url)
+    yield store
+    store.free.set()  # no thread is left waiting
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_one_without_checkpoints(troubled: Troubled):
+    troubled.free.set()
+    write_all(troubled, [state_of(1), state_of(2)], 2)
+    troubled.away.set()
+    with pytest.raises(TesseraError, match="does not answer"):
+        newest(troubled, RUN)
+
+
+def test_training_never_waits_and_of_states_that_pile_up_only_the_newest_is_written(troubled: Troubled):
+    published: list[int] = []
+    writer = Writer(troubled, RUN, 9, lambda state: published.append(state["step"]))
+    writer.save(state_of(1))
+    assert troubled.begun.wait(20)
+    for step in range(2, 50):  # would never end if it waited
+        writer.save(state_of(step))
+    assert not published
+    assert not steps_of(troubled, RUN)
+    troubled.free.set()
+    writer.close()
+    assert published == [1, 49]
+    assert steps_of(troubled, RUN) == [1, 49]
+
+
+def test_states_and_other_work_are_written_in_turn(folder: Store):
+    done: list[object] = []
+    writer = Writer(folder, RUN, 2, lambda state: done.append(state["step"]))
+    gates = [Event() for _ in range(3)]
+    for step, gate in enumerate(gates):
+        writer.save(state_of(step))
+
+        def work(step: int = step, gate: Event = gate) -> None:
+            done.append(f"work {step}")
+            gate.set()
+
+        writer.do(work)
+        assert gate.wait(20)
+    writer.close()
+    assert done == [0, "work 0", 1, "work 1", 2, "work 2"]
+
+
+def test_close_waits_for_all_that_was_taken(troubled: Troubled):
+    done: list[object] = []
+    writer = Writer(troubled, RUN, 2, lambda state: done.append(state["step"]))
+    writer.save(state_of(1))
+    assert troubled.begun.wait(20)
+    writer.do(lambda: done.append("work"))
+    writer.save(state_of(2))
+    troubled.free.set()
+    writer.close()
+    assert {*done} == {1, 2, "work"}
+    assert done.index(1) < done.index(2)
+    assert newest(troubled, RUN) is not None
+    writer.close()
+
+
+def test_what_went_wrong_is_raised_by_the_next_call_and_once(troubled: Troubled):
+    writer = Writer(troubled, RUN, 2, lambda state: None)
+    troubled.fails.set()
+    troubled.free.set()
+    writer.save(state_of(1))
+    settled(writer)
+    with pytest.raises(TesseraError, match=r"cannot write .*00000001\.pt"):
+        writer.save(state_of(2))
+    troubled.fails.clear()
+    writer.save(state_of(3))
+    writer.close()
+    assert steps_of(troubled, RUN) == [3]
+
+
+def settled(writer: Writer) -> None:
+    """Wait until all so far is done."""
+    done = Event()
+    writer.do(done.set)
+    assert done.wait(20)
+
+
+def fail(*_: Any) -> None:
+    raise ValueError("no room")
+
+
+@pytest.mark.parametrize("where", ["write", "publish", "do"])
+def test_close_raises_what_went_wrong_last(troubled: Troubled, where: str):
+    troubled.free.set()
+    writer = Writer(troubled, RUN, 2, fail if where == "publish" else lambda state: None)
+    if where == "write":
+        troubled.fails.set()
+    if where == "do":
+        writer.do(fail)
+    else:
+        writer.save(state_of(1))
+    with pytest.raises((TesseraError, ValueError), match="cannot write|no room"):
+        writer.close()
+    assert steps_of(troubled, RUN) == ([1] if where == "publish" else [])
+
+
+def test_after_an_error_of_other_work_states_are_still_written(folder: Store):
+    writer = Writer(folder, RUN, 2, lambda state: None)
+    writer.save(state_of(1))
+    writer.do(fail)
+    settled(writer)
+    with pytest.raises(ValueError, match="no room"):
+        writer.save(state_of(2))
+    writer.save(state_of(3))
+    writer.close()
+    assert steps_of(folder, RUN) == [1, 3]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_state_is_written_as_it_was_when_it_was_given(troubled: Troubled, ema: float):
+    """The run goes on meanwhile: further steps change weights, average, moments and rows, not the state."""
+    trainer = trainer_of(recipe_of(ema=ema), CATEGORIES, 8)
+    batches = itertools.repeat(batch_of(*scenes(4)))
+    trainer.take_step(batches)
+    trainer.row(16, False)
+    state = trainer.state()
+    assert state is not None
+    expected = pickle.loads(pickle.dumps(state))
+    writer = Writer(troubled, RUN, 2, lambda state: None)
+    writer.save(state)
+    assert troubled.begun.wait(20)
+    writer.save(state)  # another one that waits, not yet bytes
+    for _ in range(2):
+        trainer.take_step(batches)
+        trainer.row(16, False)[0].figures["pq"] = 1.0
+    troubled.free.set()
+    writer.close()
+    found = read_state(troubled, RUN, 1)
+    later = trainer.state()
+    assert later is not None
+    for part in ("step", "rows", "method", "ema", "optimizer"):
+        assert same(found[part], expected[part])
+        assert same(found[part], later[part]) is (part == "ema" and not ema)
+
+
+def test_the_weights_that_evaluation_uses_are_the_average_where_there_is_one():
+    plain, averaged = (trainer_of(recipe_of(ema=ema), CATEGORIES, 8) for ema in (0.0, 0.5))
+    batches = itertools.repeat(batch_of(*scenes(4)))
+    for trainer in (plain, averaged):
+        for _ in range(3):
+            trainer.take_step(batches)
+        state = trainer.state()
+        assert state is not None
+        found = best_weights(state)
+        assert same(found, dict(trainer.best.state_dict()))
+        assert same(found, dict(state["method"])) is (trainer is plain)
+
+
+def finished(store: Store, pq: dict[int, float], steps: int = 6) -> tuple[dict[str, Any] | None, list[State]]:
+    """(what finish_best says of a run with a checkpoint after each step, those checkpoints)."""
+    states = [state_of(step, {s: v for s, v in pq.items() if s <= step}) for step in range(1, steps + 1)]
+    write_all(store, states, 2)
+    write_metrics(store, RUN, [Row(**row) for row in states[-1]["rows"]])
+    return finish_best(store, RUN, {"steps": steps, "seconds": 1.0}), states
+
+
+def test_the_best_checkpoint_becomes_a_run_of_its_own(store: Store):
+    found, states = finished(store, {2: 30.0, 4: 50.0, 6: 40.0})
+    assert found is not None
+    assert (found["step"], found["pq"]) == (4, 50.0)
+    assert found["run"] != RUN
+    from infra import artifacts
+    from safetensors.torch import load
+
+    assert same(load(store.read(f"{found['run']}/{WEIGHTS}")), states[3]["method"])
+    assert [row.step for row in read_metrics(store, found["run"])] == [1, 2, 3, 4]
+    assert artifacts.read_manifest(store, found["run"]) == {"steps": 4, "seconds": 1.0, "best_of": RUN}
+
+
+def test_the_last_step_can_be_the_best_and_without_checks_there_is_none(folder: Store):
+    assert finished(folder, {}) == (None, pytest.approx([]) if False else finished(folder, {})[1])
+    found, _ = finished(folder, {2: 30.0, 6: 40.0})
+    assert found == {"step": 6, "pq": 40.0, "run": RUN}
+
+
+def test_a_best_step_without_a_checkpoint_does_not_spoil_the_run(folder: Store):
+    """It was passed over while the store was slow; the best of those that were written takes its place."""
+    finished(folder, {2: 30.0, 4: 50.0})
+    folder.delete(key(4))
+    write_metrics(folder, RUN, [Row(**row) for row in state_of(6, {2: 30.0, 4: 50.0, 5: 20.0})["rows"]])
+    found = finish_best(folder, RUN, {"steps": 6, "seconds": 1.0})
+    assert found is not None
+    assert (found["step"], found["pq"]) == (5, 20.0)

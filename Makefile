@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo lint test slow gpu bench clean
+.PHONY: install demo lint test slow gpu bench chaos clean
 
 install: $(READY)
 
@@ -37,6 +37,10 @@ gpu: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks
+
+# Training with its workers, driver, node and store killed: a quarter of an hour; a picture in .tessera/chaos.
+chaos: $(READY)
+	@$(BIN)/python -m tests.chaos
 
 clean:
 	rm -rf .tessera .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -104,7 +104,7 @@ def facts_of(job: TrainCoco, chosen: Recipe) -> dict[str, Any]:
 
 def check_name(job: TrainCoco, facts: dict[str, Any]) -> None:
     """Refuse a name that has trained something else so far, unless told to go on differently."""
-    if job.name is not None and not job.anew and job.init is None:
+    if job.name is not None and not job.anew:
         names.refuse_changed(open_store(job.storage), job.name, facts)
 
 

@@ -227,8 +227,8 @@ class Trainer:
         """(what the run was like since the last row, whether worker 0 `wants` something); the same on all workers."""
         self.guard.settle()
         losses, measured = self.meter.take()
-        told = torch.stack([*losses.values(), torch.tensor(float(wants and self.place.rank == 0))])
-        *values, wanted = parallel.summed(told.to(self.place.device), self.place).tolist()
+        flag = torch.tensor(float(wants and self.place.rank == 0), device=self.place.device)
+        *values, wanted = parallel.summed(torch.stack([*losses.values(), flag]), self.place).tolist()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         epoch = self.step * self.config.batch / samples
         named = dict(zip(losses, values, strict=True))

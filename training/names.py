@@ -8,11 +8,16 @@ from infra.store import Store
 
 
 def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
-    """Raise TesseraError, with every difference, if the name has been given to other facts than these."""
+    """Raise TesseraError, with every difference, if the name has been given to other facts than these.
+
+    Facts with another `init` than before are a fine-tuning, which may differ in all else.
+    """
     key = _key(name)
     if not store.exists(key):
         return
     known, now = _flat(json.loads(store.read(key))["facts"]), _flat(facts)
+    if facts.get("init") not in (None, known.get("init")):
+        return
     differ = [
         f"{field}: {known.get(field)!r} so far, {now.get(field)!r} now"
         for field in sorted(known.keys() | now.keys())

@@ -158,11 +158,11 @@ def _worker(config: dict[str, Any]) -> None:
     place = Place(context.get_world_rank(), context.get_world_size(), get_device(), job.sharded)
     shards = read_set(store, job.train_set)
     assert shards is not None  # the flow made it before
-    state = _begin(job, place)
-    if state is None:
-        return
     watcher = _Watcher(job, place)
     try:
+        state = _begin(job, place)
+        if state is None:
+            return
         init = start_weights(job.recipe, shards.labels, job.store_url, job.init) if job.init and not state else None
         weights, rows = train(job.recipe, shards, job.store_url, place, state or None, watcher, init)
         if place.rank == 0:
@@ -183,11 +183,18 @@ def _worker(config: dict[str, Any]) -> None:
 def _begin(job: TrainJob, place: Place) -> State | None:
     """The state to go on from, {} for none; None where the run is to end: the same on all workers."""
     store = open_store(job.store_url)
-    state = checkpoints.newest(store, job.run) if place.rank == 0 else None
-    step = 0 if state is None else state["step"]
-    step, ends = agreed((step, place.rank == 0 and ray.get(job.board.begins.remote(step, place.world))), place)
+    state, ends, problem = None, False, ""
+    if place.rank == 0:
+        try:
+            state = checkpoints.newest(store, job.run)
+        except TesseraError as error:  # an attempt like any other, so that there is an end to them
+            problem = str(error)
+        ends = ray.get(job.board.begins.remote(state["step"] if state else 0, place.world))
+    step, ends, problem = agreed((state["step"] if state else 0, ends, problem), place)
     if ends:
         return None
+    if problem:
+        raise TesseraError(problem)
     if step and place.rank > 0:
         state = checkpoints.read_state(store, job.run, step)
     return state or {}

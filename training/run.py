@@ -106,7 +106,7 @@ def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str)
     weights = load(store.read(f"{init}/{WEIGHTS}"))
     with torch.device("meta"):
         ours, more = (recipe.build(table).state_dict() for table in (labels, _with_one_more(labels)))
-    if theirs != labels:
+    if _categories(theirs) != _categories(labels):
         weights = {n: value for n, value in weights.items() if n in ours and more[n].shape == ours[n].shape}
         ours = {n: value for n, value in ours.items() if more[n].shape == value.shape}
     differ = [n for n in ours.keys() | weights.keys() if _shape(ours, n) != _shape(weights, n)]
@@ -121,6 +121,10 @@ def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str)
 
 def _shape(weights: dict[str, Tensor], name: str) -> list[int] | None:
     return list(weights[name].shape) if name in weights else None
+
+
+def _categories(labels: LabelTable) -> list[tuple[int, str, bool]]:
+    return [(c.dataset_id, c.name, c.is_thing) for c in labels.categories]  # colours teach nothing
 
 
 def _with_one_more(labels: LabelTable) -> LabelTable:

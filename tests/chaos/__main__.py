@@ -35,14 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     chosen = [CASES[0], *(case for case in CASES[1:] if not given.cases or case.name in given.cases)]
     with tempfile.TemporaryDirectory(prefix="tessera-chaos-") as folder, machine(Path(folder)) as parts:
-        outcomes = _run_all(chosen, parts)
+        outcomes = _run_all(chosen, parts, given.out)
     sys.stdout.write("\n" + report.table(outcomes) + "\n")
-    written = report.write(given.out, outcomes)
-    sys.stdout.write(f"{', '.join(map(str, written))}, after {time.monotonic() - _STARTED:.0f} s\n")
+    sys.stdout.write(f"{given.out}/chaos.md and chaos.png, after {time.monotonic() - _STARTED:.0f} s\n")
     return int(any(outcome.problems for outcome in outcomes))
 
 
-def _run_all(cases: Sequence[Case], parts: Machine) -> list[Outcome]:
+def _run_all(cases: Sequence[Case], parts: Machine, out: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
     reference: Finished | None = None
     for case in cases:
@@ -55,6 +54,7 @@ def _run_all(cases: Sequence[Case], parts: Machine) -> list[Outcome]:
             outcomes.append(Outcome(case, time.monotonic() - began, (str(error),), marks=tuple(scene.marks)))
         problems = "; ".join(outcomes[-1].problems)
         _say(case, f"RED: {problems}" if problems else "green")
+        report.write(out, outcomes)
         if reference is None:
             if problems:
                 break
@@ -65,13 +65,13 @@ def _run_all(cases: Sequence[Case], parts: Machine) -> list[Outcome]:
 def _scene(case: Case, parts: Machine) -> Scene:
     store, folder = parts.store(case.name), parts.folder / case.name
     where = str(folder / "workers")
-    job = Job(parts.address, store.url, str(parts.data), where, case.pause, 2, case.least)
+    job = Job(parts.address, store.url, str(parts.data), where, 2, case.least)
     environ = {name: value.format(folder=folder) for name, value in case.environ.items()}
     return Scene(case.name, parts, job, store, environ, lambda line: _say(case, line))
 
 
 def _play(case: Case, scene: Scene, reference: Finished | None) -> None:
-    scene.machine.arrange(case.cpus)
+    scene.machine.arrange(case.cpus, case.least is not None)
     if reference is not None:  # precompute is no part of this: its shards are taken over
         for entry in reference.store.list("precompute/"):
             scene.store.write(entry.key, reference.store.read(entry.key))

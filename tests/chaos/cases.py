@@ -12,8 +12,11 @@ from infra.errors import TesseraError
 from tests.chaos.scene import Scene
 from training import checkpoints
 
-EXACT, NEAR = 1e-6, 1e-4
-"""NEAR: with another number of workers the same images are summed up in another order."""
+EXACT, NEAR = 1e-6, 1e-3
+"""NEAR: another number of workers sums up the same images in another order, and training magnifies the last bits.
+
+In one process, passes of 4 images instead of 8 changed losses by 2.4e-4 within 400 steps (2026-11-22).
+"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,6 @@ class Case:
     least: int | None = None
     cpus: int = 2
     """Of each of the two nodes."""
-    pause: float = 0.0
     tolerance: float = EXACT
     environ: dict[str, str] = field(default_factory=dict)
     """Of the driver; {folder} is the case's."""
@@ -49,7 +51,7 @@ def kill_worker(rank: int) -> Callable[[Scene], None]:
 
     def strike(scene: Scene) -> None:
         scene.mark(f"SIGKILL of worker {rank}")
-        os.kill(scene.workers()[rank].pid, signal.SIGKILL)
+        os.kill(scene.worker(rank).pid, signal.SIGKILL)
 
     return strike
 
@@ -90,17 +92,20 @@ def kill_node(rank: int) -> Callable[[Scene], None]:
 
     def strike(scene: Scene) -> None:
         scene.mark(f"node of worker {rank} killed")
-        scene.machine.kill(scene.workers()[rank].node)
+        scene.machine.kill(scene.worker(rank).node)
 
     return strike
 
 
 def kill_node_and_bring_it_back(scene: Scene) -> None:
     """A node dies, and comes back when the run has gone on without it."""
+    scene.rest(6)  # Ray looks for new nodes once a minute
     kill_node(1)(scene)
-    scene.until(lambda: _goes_on_with(scene, 1))
+    scene.until(lambda: _works_with(scene, 1))
     scene.mark("a node comes back")
     scene.machine.add(1)
+    scene.until(lambda: _works_with(scene, 2))
+    scene.rest(0)
 
 
 def kill_store(scene: Scene) -> None:
@@ -113,13 +118,14 @@ def kill_store(scene: Scene) -> None:
 
 def hang_store(scene: Scene) -> None:
     """20 s in which the store answers nothing."""
+    scene.rest(1)  # or there would be no steps left
     scene.mark("store hung for 20 s")
     with scene.machine.server.hung():
         scene.pass_seconds(20)
     scene.marked_until_now()
 
 
-def _goes_on_with(scene: Scene, workers: int) -> bool:
+def _works_with(scene: Scene, workers: int) -> bool:
     told = [event for event in scene.events if "step" in event]
     return bool(told) and told[-1]["workers"] == workers
 
@@ -145,7 +151,6 @@ CASES = (
         hang_store,
         at=70,
         restarts=False,
-        pause=0.7,
         environ={"TESSERA_CACHE": "{folder}/cache"},
     ),
     Case(
@@ -157,7 +162,6 @@ CASES = (
         nodes=2,
         least=1,
         cpus=1,
-        pause=6.0,
         tolerance=NEAR,
     ),
     Case("damage", "SIGKILL of the driver, newest checkpoint cut short", kill_driver_and_damage),

@@ -37,7 +37,7 @@ def main(job: Job) -> None:
     with ray_cluster.session(job.ray):
         index = read_index(Path(job.data), "train2017")
         shards = precompute("train", index, chosen.shards, job.storage)
-        crew, check = Crew(job.workers, job.least), Whereabouts(job.whereabouts, job.pause)
+        crew, check = Crew(job.workers, job.least), Whereabouts(job.whereabouts)
         run = run_training(chosen, shards, job.storage, crew, check=check, watch=_heard)
     _say({"run": run.path, "time": time.time()})
 

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 from safetensors.torch import load
 
 from infra.store import Store
-from tests.chaos.cases import Case
+from tests.chaos.cases import EXACT, Case
 from tests.chaos.plan import STEPS
 from tests.chaos.scene import Event, Mark, Scene, goes_on
 from training.metrics import Row, read_metrics
@@ -61,6 +61,9 @@ def judge(case: Case, scene: Scene, reference: Finished | None, seconds: float) 
     problems = [*_incomplete(found.rows), *_unlike(case, scene, found.rows), *_off(case, scene.marks, found.rows)]
     if max(losses, weights) > case.tolerance:
         problems.append(f"losses differ by {losses:.2g}, weights by {weights:.2g}, allowed {case.tolerance:g}")
+    first = [] if reference is None else _after_change(found.rows, reference.rows)
+    if first and _largest(first) > EXACT:
+        problems.append(f"the first steps with other workers differ by {_largest(first):.2g}: other images?")
     during = [row for row in found.rows for mark in scene.marks if mark.end and mark.time < row.time < mark.end]
     return Outcome(
         case,
@@ -79,16 +82,26 @@ def judge(case: Case, scene: Scene, reference: Finished | None, seconds: float) 
 
 def _differences(found: Finished, reference: Finished) -> tuple[float, float]:
     """(largest of any loss at the same step, largest of any weight); nan and what is missing count as infinite."""
-    theirs = {row.step: row.losses for row in reference.rows}
-    losses = [
-        abs(row.losses.get(name, math.inf) - value)
-        for row in found.rows
-        for name, value in theirs.get(row.step, {"": 0.0}).items()
-    ]
+    losses = _far(found.rows, reference.rows)
     ours, expected = (load(one.store.read(f"{one.path}/{WEIGHTS}")) for one in (found, reference))
     if ours.keys() != expected.keys():
         return _largest(losses), math.inf
     return _largest(losses), _largest([float((ours[n] - expected[n]).abs().max()) for n in ours])
+
+
+def _far(rows: Sequence[Row], reference: Sequence[Row]) -> list[float]:
+    theirs = {row.step: row.losses for row in reference}
+    return [
+        abs(row.losses.get(name, math.inf) - value)
+        for row in rows
+        for name, value in theirs.get(row.step, {"": 0.0}).items()
+    ]
+
+
+def _after_change(rows: Sequence[Row], reference: Sequence[Row]) -> list[float]:
+    """Differences of the first steps that another number of workers took: not magnified yet."""
+    theirs = {row.step: row.workers for row in reference}
+    return _far([row for row in rows if row.workers != theirs.get(row.step)][:3], reference)
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ _HEALTH = {  # a node that is gone is given up after some seconds, not half a mi
     "health_check_failure_threshold": 3,
 }
 _OBJECTS = 100 << 20  # bytes of a node's object store
+_COORDINATOR = 22  # seconds: it looks every 20
 
 
 class Machine:
@@ -48,14 +50,20 @@ class Machine:
         """A root of its own for each case: what a run is called depends on its config alone."""
         return open_store(f"s3://{_BUCKET}/{case}")
 
-    def arrange(self, cpus: int) -> None:
-        """Have two nodes of so many CPUs beside the head, and no others."""
+    def arrange(self, cpus: int, known: bool) -> None:
+        """Have two nodes of so many CPUs beside the head, and no others.
+
+        known: wait until Ray's autoscaling coordinator has seen new ones, or an elastic run starts with too few.
+        """
+        new = len(self._nodes) < 2 or any(has != cpus for _, has in self._nodes.values())
         for name, (node, has) in list(self._nodes.items()):
             if has != cpus:
                 del self._nodes[name]
                 self.cluster.remove_node(node)
         while len(self._nodes) < 2:
             self.add(cpus)
+        if new and known:
+            time.sleep(_COORDINATOR)
 
     def add(self, cpus: int) -> None:
         """One more node."""

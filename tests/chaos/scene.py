@@ -16,7 +16,7 @@ from infra.errors import TesseraError
 from infra.store import Store
 from tests.chaos.machine import Machine
 from tests.chaos.plan import STEPS, Job
-from tests.chaos.whereabouts import Worker, workers
+from tests.chaos.whereabouts import PAUSE, Worker, workers
 
 _ROOT = Path(__file__).parents[2]
 _PATIENCE = 240  # seconds without a row before a run counts as hung
@@ -93,6 +93,19 @@ class Scene:
     def workers(self) -> dict[int, Worker]:
         """By rank, as they said last."""
         return workers(Path(self.job.whereabouts))
+
+    def worker(self, rank: int) -> Worker:
+        """One of them. TesseraError if there is none of that rank."""
+        found = self.workers()
+        if rank not in found:
+            raise TesseraError(f"{self.name}: no worker {rank} among {len(found)}")
+        return found[rank]
+
+    def rest(self, seconds: float) -> None:
+        """Have the workers rest for so long at each checkpoint from now on."""
+        partial = self.folder / "pause.part"
+        partial.write_text(str(seconds))
+        partial.replace(Path(self.job.whereabouts) / PAUSE)
 
     def mark(self, did: str) -> None:
         """Note that something is done now."""

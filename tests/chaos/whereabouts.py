@@ -12,6 +12,8 @@ from preprocessing.pictures import Picture
 from training.methods.base import Method
 from training.parallel import Place
 
+PAUSE = "pause"
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -28,11 +30,12 @@ class Worker:
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """A ray_train.Check that measures nothing: each worker leaves word of itself in a folder of this machine."""
+    """A ray_train.Check that measures nothing: each worker leaves word of itself in a folder of this machine.
+
+    A number in the file `pause` makes each of them rest for so many seconds, so that a run can last without more steps.
+    """
 
     folder: str
-    pause: float = 0.0
-    """Seconds that each call takes: a run that is to last for some minutes needs no more steps then."""
 
     def __call__(self, method: Method, place: Place) -> tuple[dict[str, float], dict[str, Picture]]:
         """No figures, no pictures."""
@@ -42,7 +45,8 @@ class Whereabouts:
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(asdict(told)))
         partial.replace(path)
-        time.sleep(self.pause)
+        pause = Path(self.folder) / PAUSE
+        time.sleep(float(pause.read_text()) if pause.exists() else 0)
         return {}, {}
 
 

@@ -46,7 +46,7 @@ def test_a_run_killed_in_precompute_and_in_training_computes_nothing_twice(coco,
     first = records()
     assert not [e for e in store.list("precompute/") if e.key.endswith("manifest.json")] or len(first) < 31
 
-    kill_when(run_flow(tmp_path, job), lambda: any("/checkpoint_" in e.key for e in store.list("train/")), 400)
+    kill_when(run_flow(tmp_path, job), lambda: any("/checkpoints/" in e.key for e in store.list("train/")), 400)
     second = records()
     assert len(second) == 31  # 30 train shards of 4 images, 1 val shard
     assert {key: second[key] for key in first} == first

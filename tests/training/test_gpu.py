@@ -49,6 +49,9 @@ def test_the_host_does_not_wait_within_a_step(strict):
 def test_the_papers_model_takes_finite_steps():
     recipe = base_420().changed({"method.backbone.weights": None})
     run = steps(recipe, batch_of(*scenes(2, (420, 420))), 3)
+    row, _ = run.row(100, False)
+    assert row.step == 3
+    assert 0 < row.memory_gib < 80
     assert all(p.isfinite().all() for p in run.method.parameters())
 
 

@@ -38,6 +38,7 @@ from training.run import TrainedRun, finish_best, read_run, start_weights, write
 from training.shares import Crew
 
 _ATTEMPTS = 3  # to get past one checkpoint
+_MINUTES_BELOW = 2.0  # between checkpoints of a group that is smaller than it is to be
 log = logging.getLogger("tessera.train")
 
 
@@ -63,7 +64,7 @@ class TrainJob:
     train_set: str
     run: str
     init: str | None
-    sharded: bool
+    crew: Crew
     check: Check | None
     board: Any
 
@@ -93,8 +94,8 @@ def run_training(
     log.info("recipe %s: %d steps of %s", recipe.name, recipe.train.steps(train_set.samples), told)
     started, here = time.monotonic(), _here()
     board = _Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    job = TrainJob(recipe, store.url, train_set.path, path, init, crew.sharded, check, board)
-    task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(job, crew)
+    job = TrainJob(recipe, store.url, train_set.path, path, init, crew, check, board)
+    task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(job)
     try:
         ray_cluster.wait_for(task, lambda: _pass_on(board, watch))
     except RayError as error:
@@ -136,8 +137,9 @@ def _raise_failure(board: Any, cause: Exception | None = None) -> None:
         raise TesseraError(failure) from cause
 
 
-def _fit(job: TrainJob, crew: Crew) -> None:
+def _fit(job: TrainJob) -> None:
     """Runs as a Ray task: `fit` blocks, and a cancelled flow must not wait for it."""
+    crew = job.crew
     size: Any = (crew.least, crew.workers) if crew.least else crew.workers  # Ray's hints do not know of ranges
     with tempfile.TemporaryDirectory(prefix="tessera-train-") as folder:
         TorchTrainer(
@@ -155,7 +157,7 @@ def _fit(job: TrainJob, crew: Crew) -> None:
 def _worker(config: dict[str, Any]) -> None:
     job: TrainJob = config["job"]
     context, store = ray.train.get_context(), open_store(job.store_url)
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), job.sharded)
+    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), job.crew.sharded)
     shards = read_set(store, job.train_set)
     assert shards is not None  # the flow made it before
     watcher = _Watcher(job, place)
@@ -206,7 +208,7 @@ class _Watcher:
     def __init__(self, job: TrainJob, place: Place) -> None:
         self.job, self.place, self.store = job, place, open_store(job.store_url)
         self.writer = checkpoints.Writer(self.store, job.run, job.recipe.upkeep.keep, self._saved)
-        self.saved = self.said = time.monotonic()
+        self.saved = time.monotonic()
 
     def says(self, line: str) -> None:
         if self.place.rank == 0:
@@ -217,7 +219,10 @@ class _Watcher:
             self.job.board.row.remote(row, steps)
 
     def wants_checkpoint(self) -> bool:
-        return time.monotonic() - self.saved > 60 * self.job.recipe.upkeep.minutes
+        """The group is started anew as soon as it can grow, so a small one saves more often."""
+        minutes = self.job.recipe.upkeep.minutes
+        grows = self.place.world < self.job.crew.workers
+        return time.monotonic() - self.saved > 60 * (min(_MINUTES_BELOW, minutes) if grows else minutes)
 
     def save(self, state: State) -> None:
         self.saved = time.monotonic()

@@ -51,7 +51,8 @@ def _run_all(cases: Sequence[Case], parts: Machine, out: Path) -> list[Outcome]:
             _play(case, scene, reference)
             outcomes.append(judge(case, scene, reference, time.monotonic() - began))
         except TesseraError as error:
-            outcomes.append(Outcome(case, time.monotonic() - began, (str(error),), marks=tuple(scene.marks)))
+            events, marks = tuple(scene.events), tuple(scene.marks)
+            outcomes.append(Outcome(case, time.monotonic() - began, (str(error),), events=events, marks=marks))
         problems = "; ".join(outcomes[-1].problems)
         _say(case, f"RED: {problems}" if problems else "green")
         report.write(out, outcomes)

@@ -12,10 +12,10 @@ from infra.errors import TesseraError
 from tests.chaos.scene import Scene
 from training import checkpoints
 
-EXACT, NEAR = 1e-6, 1e-3
+EXACT, NEAR = 1e-6, 1e-4
 """NEAR: another number of workers sums up the same images in another order, and training magnifies the last bits.
 
-In one process, passes of 4 images instead of 8 changed losses by 2.4e-4 within 400 steps (2026-11-22).
+4e-5 was seen (2026-11-22); in one process, passes of 4 images instead of 8 from the first step on made 2.4e-4.
 """
 
 

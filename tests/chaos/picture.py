@@ -1,5 +1,6 @@
 """What disturbed runs did, as one picture."""
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -73,9 +74,8 @@ def _differences(axes: Axes, reference: Outcome, disturbed: Sequence[Outcome]) -
     for tolerance in sorted({outcome.case.tolerance for outcome in disturbed}):
         axes.axhline(tolerance, color=_FAULT, linewidth=1, linestyle=":")
         axes.text(STEPS * 0.99, tolerance * 1.15, f"allowed: {tolerance:g}", color=_FAULT, fontsize=8.5, ha="right")
-    axes.text(
-        STEPS * 0.5, _EXACT * 1.5, f"{alike} runs: every loss and weight the same bits", ha="center", fontsize=9.5
-    )
+    told = f"{alike} of {len(disturbed)} runs: every loss and weight the same"
+    axes.text(0.02, 0.8, told, transform=axes.transAxes, fontsize=8.5)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8.5, loc="upper left")
     _plain(axes)
@@ -91,7 +91,7 @@ def _way(axes: Axes, outcome: Outcome, reference: Outcome, color: str) -> None:
         axes.axvline(mark.time - start, color=_FAULT, linewidth=1.2, linestyle="--")
         if mark.end is not None:
             axes.axvspan(mark.time - start, mark.end - start, color=_FAULT, alpha=0.12, linewidth=0)
-    axes.set_title(outcome.case.title, fontsize=9)
+    axes.set_title(textwrap.fill(outcome.case.title, 34), fontsize=9)
     told = f"{outcome.redone} steps done twice,\nwent on after {outcome.away:.0f} s"
     if not outcome.case.restarts:
         told = f"no step done twice,\nlongest rest {outcome.away:.1f} s"

@@ -43,15 +43,19 @@ class Damaged(TesseraError):
 
 
 def newest(store: Store, run: str) -> State | None:
-    """The newest checkpoint that is whole, or None. A damaged one is passed over with a warning.
+    """The newest checkpoint that is whole, or None if there is none at all. Damaged ones are passed over, with a
+    warning.
 
-    TesseraError where the store does not answer: a run must not begin again for that.
+    TesseraError where all are damaged or the store does not answer: a run must not begin again for that.
     """
-    for step in reversed(steps_of(store, run)):
+    steps = steps_of(store, run)
+    for step in reversed(steps):
         try:
             return read_state(store, run, step)
         except Damaged as error:
             log.warning("%s; trying the one before", error)
+    if steps:
+        raise TesseraError(f"{store.url_for(run)}/{_FOLDER}: all of {steps} are damaged; delete them to start anew")
     return None
 
 
@@ -63,6 +67,8 @@ def read_state(store: Store, run: str, step: int) -> State:
         state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}")
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise Damaged(f"{store.url_for(key)}: expected a checkpoint of step {step}: {error}") from error
     return state
@@ -85,8 +91,8 @@ def best_weights(state: State) -> dict[str, Tensor]:
 class Writer:
     """Writes checkpoints in a thread of its own, and then whatever is told of them.
 
-    Training never waits for the store: of states that pile up while it is slow or away only the newest is written.
-    What went wrong there is raised by the next call.
+    Training never waits for the store, nor ends for it: of states that pile up while it is slow or away only the newest
+    is written, and what fails is a warning.
     """
 
     def __init__(self, store: Store, run: str, keep: int, publish: Callable[[State], None]) -> None:
@@ -98,9 +104,8 @@ class Writer:
         self._error: Exception | None = None
 
     def save(self, state: State) -> None:
-        """Take a state that nobody changes any more. Raises what an earlier write did."""
+        """Take a state that nobody changes any more."""
         with self._lock:
-            self._raise()
             self._next = state
             if not self._busy:
                 self._busy = True
@@ -108,28 +113,20 @@ class Writer:
 
     def do(self, work: Callable[[], None]) -> None:
         """Something else to write, in turn."""
-        self._thread.submit(self._keeping_errors, work)
+        self._thread.submit(_warning_of, work)
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until all is written. Raises what went wrong with the newest state."""
         self._thread.shutdown(wait=True)
-        self._raise()
-
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._error is not None:
+            raise self._error
 
     def _drain(self) -> None:
         while (state := self._take()) is not None:
-            self._keeping_errors(partial(self._write, state))
-
-    def _keeping_errors(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001  # for the training thread to raise
-            with self._lock:
-                self._error = error
+            self._error = _warning_of(partial(self._write, state))
+            if self._error is None:
+                _warning_of(partial(self._prune, state))
+                _warning_of(partial(self.publish, state))
 
     def _take(self) -> State | None:
         with self._lock:
@@ -141,13 +138,24 @@ class Writer:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self.store.write(_key(self.run, state["step"]), buffer.getvalue())
-        self.publish(state)
+
+    def _prune(self, state: State) -> None:
         # newer ones are damaged, so that the run went on before them; its steps come to them again
         steps = [step for step in steps_of(self.store, self.run) if step <= state["step"]]
         best = best_step(state["rows"], steps)
         for step in steps[: -self.keep]:
             if step != best:
                 self.store.delete(_key(self.run, step))
+
+
+def _warning_of(work: Callable[[], None]) -> Exception | None:
+    """What the work raises, if anything."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001  # the next state may fare better
+        log.warning("%s: %s", type(error).__name__, error)
+        return error
+    return None
 
 
 def _key(run: str, step: int) -> str:

@@ -24,7 +24,7 @@ from training.reader import BatchStream, load_batches
 from training.recipe import Recipe
 from training.shares import Share
 
-_ROWS = 2000  # of a run at most
+_ROWS = 10_000  # of a run at most: in a week one a minute
 
 
 class NonFiniteLoss(TesseraError):
@@ -227,12 +227,16 @@ class Trainer:
         """(what the run was like since the last row, whether worker 0 `wants` something); the same on all workers."""
         self.guard.settle()
         losses, measured = self.meter.take()
-        flag = torch.tensor(float(wants and self.place.rank == 0), device=self.place.device)
-        *values, wanted = parallel.summed(torch.stack([*losses.values(), flag]), self.place).tolist()
+        waits = [0.0] * self.place.world
+        waits[self.place.rank] = measured.pop("data_wait")
+        own = torch.tensor([float(wants and self.place.rank == 0), *waits], device=self.place.device)
+        told = parallel.summed(torch.cat([torch.stack(list(losses.values())), own]), self.place).tolist()
+        values, (wanted, *waits) = told[: len(losses)], told[len(losses) :]
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         epoch = self.step * self.config.batch / samples
         named = dict(zip(losses, values, strict=True))
-        self.rows.append(Row(self.step, epoch, named, lr=lr, workers=self.place.world, figures={}, **measured))
+        facts = {"data_wait": max(waits), **measured}
+        self.rows.append(Row(self.step, epoch, named, lr=lr, workers=self.place.world, figures={}, **facts))
         return self.rows[-1], wanted > 0
 
     def measured(self, watcher: Watcher) -> dict[str, float]:
@@ -240,6 +244,7 @@ class Trainer:
         self.best.eval()
         figures = watcher.check(self.best, self.step)
         self.best.train()
+        parallel.let_go(self.best)
         self.meter.clear()  # evaluation is no part of the training's pace
         return figures
 

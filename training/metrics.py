@@ -38,7 +38,7 @@ class Row:
     images_per_s: float
     """Over all workers, evaluation left out."""
     data_wait: float
-    """Share of the time that worker 0 spent waiting for batches."""
+    """Share of the time spent waiting for batches, by the worker that waited most."""
     memory_gib: float
     """Most that worker 0 has held so far: of its GPU's memory, or else resident in its process."""
     workers: int

@@ -52,7 +52,9 @@ def spread(method: Method, place: Place) -> nn.Module:
     if place.world == 1:
         return method
     devices = [place.device] if place.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices, find_unused_parameters=method.alternates)
+    return DistributedDataParallel(
+        method, device_ids=devices, find_unused_parameters=method.alternates, gradient_as_bucket_view=True
+    )
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
@@ -71,6 +73,12 @@ def exchanging(trained: nn.Module, wanted: bool) -> AbstractContextManager[None]
     elif isinstance(trained, DistributedDataParallel) and not wanted:
         return trained.no_sync()
     return nullcontext()
+
+
+def let_go(method: Method) -> None:
+    """Keep only this worker's part again after calls of `predict`."""
+    if isinstance(method, FSDPModule):
+        method.reshard()
 
 
 def clip_gradients(method: Method, largest: float) -> Tensor:

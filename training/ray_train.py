@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -37,7 +37,8 @@ from training.recipe import Recipe
 from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
 from training.shares import Crew
 
-_ATTEMPTS = 3  # to get past one checkpoint
+ATTEMPTS = 3  # with the same number of workers to get past one checkpoint
+CREWS = 10  # changes of that number meanwhile
 _MINUTES_BELOW = 2.0  # between checkpoints of a group that is smaller than it is to be
 log = logging.getLogger("tessera.train")
 
@@ -50,7 +51,7 @@ class Check(Protocol):
 
 
 class Watch(Protocol):
-    """Hears about once a second how far a run is."""
+    """Hears how far a run is: of the newest row, at most once a second."""
 
     def __call__(self, row: Row, steps: int) -> None: ...
 
@@ -93,7 +94,7 @@ def run_training(
     told = crew.told(recipe.plan(train_set), recipe.train.micro_batch)
     log.info("recipe %s: %d steps of %s", recipe.name, recipe.train.steps(train_set.samples), told)
     started, here = time.monotonic(), _here()
-    board = _Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     job = TrainJob(recipe, store.url, train_set.path, path, init, crew, check, board)
     task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(job)
     try:
@@ -141,15 +142,17 @@ def _fit(job: TrainJob) -> None:
     """Runs as a Ray task: `fit` blocks, and a cancelled flow must not wait for it."""
     crew = job.crew
     size: Any = (crew.least, crew.workers) if crew.least else crew.workers  # Ray's hints do not know of ranges
+    strategy = "PACK" if crew.gpus else "SPREAD"  # GPUs of a node are near each other; CPUs have enough to do
     with tempfile.TemporaryDirectory(prefix="tessera-train-") as folder:
         TorchTrainer(
             _worker,
             train_loop_config={"job": job},
-            scaling_config=ScalingConfig(num_workers=size, use_gpu=crew.gpus, placement_strategy="SPREAD"),
+            scaling_config=ScalingConfig(num_workers=size, use_gpu=crew.gpus, placement_strategy=strategy),
             torch_config=TorchConfig(backend="nccl" if crew.gpus else "gloo"),
             run_config=RunConfig(
                 storage_path=folder,  # holds nothing that lasts
                 failure_config=FailureConfig(max_failures=-1),  # for weeks of them; _begin ends those without progress
+                callbacks=[_Problems(job.board)],  # type: ignore[list-item]  # Ray's hints are of an earlier version
             ),
         ).fit()
 
@@ -157,29 +160,56 @@ def _fit(job: TrainJob) -> None:
 def _worker(config: dict[str, Any]) -> None:
     job: TrainJob = config["job"]
     context, store = ray.train.get_context(), open_store(job.store_url)
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), job.crew.sharded)
-    shards = read_set(store, job.train_set)
-    assert shards is not None  # the flow made it before
+    rank, world = context.get_world_rank(), context.get_world_size()
+    place = Place(rank, world, get_device(), job.crew.sharded and world > 1)
+    logging.getLogger("tessera").addHandler(_Warnings(job.board, rank))
     watcher = _Watcher(job, place)
     try:
         state = _begin(job, place)
         if state is None:
             return
+        shards = read_set(store, job.train_set)
+        assert shards is not None  # the flow made it before
         init = start_weights(job.recipe, shards.labels, job.store_url, job.init) if job.init and not state else None
         weights, rows = train(job.recipe, shards, job.store_url, place, state or None, watcher, init)
-        if place.rank == 0:
+        if rank == 0:
             watcher.publish(rows)  # once more: an earlier attempt may have died just after its last checkpoint
             write_weights(store, job.run, weights)
     except NonFiniteLoss as error:  # on all workers at once, and a restart would meet it again
         watcher.spoilt(error)
     except DoesNotFit as error:
-        ray.get(job.board.fails.remote(str(error), True))
-        raise
-    except TesseraError as error:  # perhaps on this worker alone, and the others must not wait for it
-        ray.get(job.board.stumbles.remote(str(error)))
+        if not state:  # in the middle of a run it may be that a dying process still holds memory
+            ray.get(job.board.fails.remote(str(error), True))
         raise
     finally:
         watcher.close()
+
+
+class _Problems(UserCallback):
+    """Tells the board why workers ended, also those that could not say so themselves."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        told = [f"worker {rank}: {type(e).__name__}: {_first_line(e)}" for rank, e in worker_exceptions.items()]
+        own = [f"worker {rank}: {e}" for rank, e in worker_exceptions.items() if isinstance(e, TesseraError)]
+        self.board.stumbles.remote((own or told)[0])  # the others' connections broke for it
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "").strip()
+
+
+class _Warnings(logging.Handler):
+    """A worker's warnings, for the flow's log."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self.board, self.rank = board, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.board.says.remote(f"worker {self.rank}: {record.getMessage()}")
 
 
 def _begin(job: TrainJob, place: Place) -> State | None:
@@ -254,34 +284,36 @@ class _Watcher:
         self.publish([Row(**row) for row in state["rows"]])
 
 
-@ray.remote
-class _Board:
-    """Where workers leave what the flow shows: their own output stays on their machines."""
+class Board:
+    """A Ray actor where workers leave what the flow shows: their own output stays on their machines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.latest: tuple[Row, int] | None = None
         self.told = -math.inf
-        self.attempts, self.reached, self.world = 0, -1, 0
+        self.attempts, self.crews, self.reached, self.world = 0, 0, -1, 0
         self.stumbled = self.failed = ""
 
     def begins(self, step: int, world: int) -> bool:
         """An attempt to go on from a step; True: there were too many of them, the run has failed.
 
-        Another number of workers is no failure: nodes have come or gone.
+        Another number of workers is another attempt, as nodes have come or gone, but not without end.
         """
         if self.failed:
             return True
-        again = step <= self.reached and world == self.world
-        self.attempts = self.attempts + 1 if again else 1
-        self.reached, self.world = max(self.reached, step), world
-        if self.attempts > _ATTEMPTS:
+        if step > self.reached:
+            self.attempts, self.crews, self.stumbled = 0, 0, ""
+        elif world != self.world:
+            self.attempts, self.crews = 0, self.crews + 1
+        self.attempts, self.reached, self.world = self.attempts + 1, max(self.reached, step), world
+        if self.attempts > ATTEMPTS or self.crews > CREWS:
+            tried = f"{CREWS} changes of workers" if self.crews > CREWS else f"{ATTEMPTS} attempts"
             why = self.stumbled or "workers died, perhaps for lack of memory; see Ray's logs"
-            self.failed = f"{_ATTEMPTS} attempts got no further than the checkpoint of step {self.reached}: {why}"
+            self.failed = f"{tried} got no further than the checkpoint of step {self.reached}: {why}"
             return True
         if step or self.attempts > 1:
             where = f"from the checkpoint of step {step}" if step else "from the start"
-            self.says(f"going on {where} with {world} workers (attempt {self.attempts} of {_ATTEMPTS} from there)")
+            self.says(f"going on {where} with {world} workers (attempt {self.attempts} of {ATTEMPTS} from there)")
         return False
 
     def says(self, line: str) -> None:
@@ -296,7 +328,7 @@ class _Board:
         self.latest = row, steps
 
     def stumbles(self, problem: str) -> None:
-        """A worker met what another attempt may get past."""
+        """Workers ended by what another attempt may get past."""
         self.stumbled = problem
         self.says(f"stopped: {problem}")
 

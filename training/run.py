@@ -1,5 +1,6 @@
 """Finished runs on the store."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +14,13 @@ from infra.errors import TesseraError
 from infra.store import Store, open_store
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import read_set
-from training.checkpoints import best_step, best_weights, read_state, steps_of
+from training.checkpoints import Damaged, best_step, best_weights, read_state, steps_of
 from training.methods.base import Method
 from training.metrics import read_metrics, write_metrics
 from training.recipe import Recipe
 
 WEIGHTS = "model.safetensors"
+log = logging.getLogger("tessera.train")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def finish_best(store: Store, path: str, content: dict[str, Any]) -> dict[str, A
     """The best checkpoint of a run by PQ on the fixed val images, as a finished run of its own: all commands take it.
 
     content: what the run's manifest is to hold. Returns {"step", "pq", "run": its folder}, the run's own folder where
-    the last weights are the best, or None where PQ was not measured. TesseraError if the checkpoint is gone.
+    the last weights are the best, or None where PQ was not measured and where the checkpoint is damaged.
     """
     rows = read_metrics(store, path)
     step = best_step([asdict(row) for row in rows], {*steps_of(store, path), content["steps"]})
@@ -85,8 +87,13 @@ def finish_best(store: Store, path: str, content: dict[str, Any]) -> dict[str, A
     until = [row for row in rows if row.step <= step]
     best = path
     if step < content["steps"]:
+        try:
+            weights = best_weights(read_state(store, path, step))
+        except Damaged as error:  # the last weights are there nevertheless
+            log.warning("the best weights are lost: %s", error)
+            return None
         best = artifacts.step_path("train", 1, {"best": step}, [path])
-        write_weights(store, best, best_weights(read_state(store, path, step)))
+        write_weights(store, best, weights)
         write_metrics(store, best, until)
         artifacts.write_manifest(store, best, content | {"steps": step, "best_of": path})
     return {"step": step, "pq": until[-1].figures["pq"], "run": best}

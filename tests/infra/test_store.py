@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import pickle
 import random
 import socket
@@ -332,3 +333,13 @@ def test_check_names_a_folder_that_cannot_be_written(tmp_path: Path):
     for url in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(TesseraError, match=rf"{url}.*choose a folder"):
             open_store(str(url)).check()
+
+
+def test_what_is_too_large_for_one_request_goes_up_in_parts_and_is_one_object(
+    s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("infra.s3_store._ONE_PUT", 1 << 20)
+    store, data = open_store(f"s3://{s3_env.bucket}/parts"), os.urandom(20 << 20)
+    store.write("large", data)
+    assert store.read("large") == data
+    assert [(entry.key, entry.size) for entry in store.list()] == [("large", len(data))]

@@ -5,7 +5,6 @@ Checkpoints are our own (training.checkpoints), read and written by the workers:
 
 import json
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from infra.version import code_version
 from preprocessing.pictures import Picture
 from preprocessing.shards import ShardSet, read_set
 from training import checkpoints, tensorboard
+from training.board import Board
 from training.checkpoints import State
 from training.dry_run import DoesNotFit
 from training.loop import NonFiniteLoss, train
@@ -37,8 +37,7 @@ from training.recipe import Recipe
 from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
 from training.shares import Crew
 
-ATTEMPTS = 3  # with the same number of workers to get past one checkpoint
-CREWS = 10  # changes of that number meanwhile
+_SILENT_SECONDS = 600.0  # before the flow's log says that nothing happens
 _MINUTES_BELOW = 2.0  # between checkpoints of a group that is smaller than it is to be
 log = logging.getLogger("tessera.train")
 
@@ -98,7 +97,7 @@ def run_training(
     job = TrainJob(recipe, store.url, train_set.path, path, init, crew, check, board)
     task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(job)
     try:
-        ray_cluster.wait_for(task, lambda: _pass_on(board, watch))
+        ray_cluster.wait_for(task, _Listener(board, watch))
     except RayError as error:
         _raise_failure(board, error)  # what a worker said of it is worth more than Ray's account of how it ended
         raise
@@ -124,12 +123,26 @@ def _here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _pass_on(board: Any, watch: Watch) -> None:
-    lines, latest = ray.get(board.take.remote())
-    for line in lines:
-        log.info("%s", line)
-    if latest is not None:
-        watch(*latest)
+class _Listener:
+    """Passes on what workers left on the board, and says when that was nothing for long."""
+
+    def __init__(self, board: Any, watch: Watch) -> None:
+        self.board, self.watch, self.heard = board, watch, time.monotonic()
+
+    def __call__(self) -> None:
+        lines, latest = ray.get(self.board.take.remote())
+        for line in lines:
+            log.info("%s", line)
+        if latest is not None:
+            self.watch(*latest)
+        silent = time.monotonic() - self.heard
+        if lines or latest is not None:
+            self.heard = time.monotonic()
+        elif silent > _SILENT_SECONDS:
+            log.warning(
+                "no step since %.0f min: the workers wait for nodes, for the store or for each other", silent / 60
+            )
+            self.heard = time.monotonic()
 
 
 def _raise_failure(board: Any, cause: Exception | None = None) -> None:
@@ -227,6 +240,8 @@ def _begin(job: TrainJob, place: Place) -> State | None:
         return None
     if problem:
         raise TesseraError(problem)
+    if state and state["code"] != code_version():
+        log.warning("the checkpoint of step %d was written by %s, this is %s", step, state["code"], code_version())
     if step and place.rank > 0:
         state = checkpoints.read_state(store, job.run, step)
     return state or {}
@@ -282,65 +297,3 @@ class _Watcher:
 
     def _saved(self, state: State) -> None:
         self.publish([Row(**row) for row in state["rows"]])
-
-
-class Board:
-    """A Ray actor where workers leave what the flow shows: their own output stays on their machines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.latest: tuple[Row, int] | None = None
-        self.told = -math.inf
-        self.attempts, self.crews, self.reached, self.world = 0, 0, -1, 0
-        self.stumbled = self.failed = ""
-
-    def begins(self, step: int, world: int) -> bool:
-        """An attempt to go on from a step; True: there were too many of them, the run has failed.
-
-        Another number of workers is another attempt, as nodes have come or gone, but not without end.
-        """
-        if self.failed:
-            return True
-        if step > self.reached:
-            self.attempts, self.crews, self.stumbled = 0, 0, ""
-        elif world != self.world:
-            self.attempts, self.crews = 0, self.crews + 1
-        self.attempts, self.reached, self.world = self.attempts + 1, max(self.reached, step), world
-        if self.attempts > ATTEMPTS or self.crews > CREWS:
-            tried = f"{CREWS} changes of workers" if self.crews > CREWS else f"{ATTEMPTS} attempts"
-            why = self.stumbled or "workers died, perhaps for lack of memory; see Ray's logs"
-            self.failed = f"{tried} got no further than the checkpoint of step {self.reached}: {why}"
-            return True
-        if step or self.attempts > 1:
-            where = f"from the checkpoint of step {step}" if step else "from the start"
-            self.says(f"going on {where} with {world} workers (attempt {self.attempts} of {ATTEMPTS} from there)")
-        return False
-
-    def says(self, line: str) -> None:
-        self.lines.append(line)
-
-    def row(self, row: Row, steps: int) -> None:
-        """The flow's log has a line a minute, and fifty over the run."""
-        due = row.step * 50 // steps > (row.step - 1) * 50 // steps or row.time > self.told + 60
-        if due or row.figures:
-            self.lines.append(f"step {row.step} of {steps}: {row}")
-            self.told = row.time
-        self.latest = row, steps
-
-    def stumbles(self, problem: str) -> None:
-        """Workers ended by what another attempt may get past."""
-        self.stumbled = problem
-        self.says(f"stopped: {problem}")
-
-    def fails(self, problem: str, own: bool) -> None:
-        """What no attempt would get past. All workers fail at once; the one at fault is to be heard."""
-        if own or not self.failed:
-            self.failed = problem
-
-    def failure(self) -> str:
-        return self.failed
-
-    def take(self) -> tuple[list[str], tuple[Row, int] | None]:
-        lines, self.lines = self.lines, []
-        latest, self.latest = self.latest, None
-        return lines, latest

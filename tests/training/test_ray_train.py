@@ -12,8 +12,9 @@ from preprocessing.shards import ShardSet
 from tests.support.ray_local import ray_local  # noqa: F401
 from tests.training.ranks import recipe_of, spoiled
 from training import checkpoints
+from training.board import ATTEMPTS, CREWS, Board
 from training.metrics import Row, read_metrics
-from training.ray_train import ATTEMPTS, CREWS, Board, run_training
+from training.ray_train import run_training
 from training.reader import BatchStream
 from training.shares import Crew
 

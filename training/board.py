@@ -43,6 +43,7 @@ class Board:
         return False
 
     def says(self, line: str) -> None:
+        """A line for the flow's log."""
         self.lines.append(line)
 
     def row(self, row: Row, steps: int) -> None:
@@ -64,9 +65,11 @@ class Board:
             self.failed = problem
 
     def failure(self) -> str:
+        """Why the run has failed; empty if it has not."""
         return self.failed
 
     def take(self) -> tuple[list[str], tuple[Row, int] | None]:
+        """(the log's lines since the last call, the newest row with the run's steps if there is a new one)."""
         lines, self.lines = self.lines, []
         latest, self.latest = self.latest, None
         return lines, latest

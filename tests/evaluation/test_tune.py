@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from evaluation.evaluate import EvalJob, evaluate_shard
 from evaluation.pq import PQStats, summarise
@@ -17,10 +16,10 @@ from preprocessing.coco import read_index
 from preprocessing.shards import ShardSet
 from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.shard_sets import make_set
-from training.loop import Place, train
+from tests.training.ranks import train_alone
 from training.recipe import Recipe
 from training.recipes.generalist import demo
-from training.run import WEIGHTS
+from training.run import write_weights
 
 RUN = "train/by-heart"
 
@@ -34,9 +33,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, ShardSet,
     url, threads = str(folder / "store"), torch.get_num_threads()
     shards = make_set(open_store(url), index, recipe.shards)
     torch.set_num_threads(1)
-    method, _ = train(recipe, shards, url, Place(), None, lambda *_: None)
+    write_weights(open_store(url), RUN, train_alone(recipe, shards, url).weights)
     torch.set_num_threads(threads)
-    open_store(url).write(f"{RUN}/{WEIGHTS}", save({k: v.contiguous() for k, v in method.state_dict().items()}))
     return recipe, shards, url
 
 

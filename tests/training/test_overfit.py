@@ -14,8 +14,8 @@ from preprocessing.sample import decode_image
 from preprocessing.shards import ShardConfig, ShardSet
 from tests.support.every_recipe import every_recipe
 from tests.support.shard_sets import make_set
+from tests.training.ranks import train_alone
 from training.batch import Example, collate
-from training.loop import Place, train
 from training.methods.base import Method
 from training.recipe import Recipe
 
@@ -69,7 +69,8 @@ def test_eight_images_are_fitted_to_nine_tenths_of_what_decoding_allows(make, tm
     torch.set_num_threads(2)
     recipe, url = eight(make()), str(tmp_path)
     train_set, own_size = shards(url, recipe.shards), shards(url, recipe.val_shards)
-    method, _ = train(recipe, train_set, url, Place(), None, lambda *_: None)
+    method = recipe.build(train_set.labels)
+    method.load_state_dict(train_alone(recipe, train_set, url).weights)
     reached, ideal = pq(method, url, own_size, None), pq(method, url, own_size, train_set)
     record_property("reached", reached)
     record_property("ideal", ideal)

@@ -30,11 +30,11 @@ _PASSED_ON = ("AWS_", "NUMBA_", "RAY_TRAIN_", "HF_", "TESSERA_", "NCCL_", "TORCH
 
 
 @contextmanager
-def session(address: str = LOCAL, gpus: int = 0) -> Iterator[None]:
+def session(address: str = LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None]:
     """Connect to `address` ("local" starts a cluster in this process' care, "auto", or host:port).
 
     On the way out the connection is shut down and with it all work this process has submitted. Raises
-    TesseraError when no cluster answers, and when this machine alone has fewer than `gpus` GPUs: work that asks
+    TesseraError when no cluster answers, and when this machine alone has fewer GPUs or CPUs than that: work that asks
     for them would wait for ever. (Another cluster may grow.)
     """
     for name, value in _SETTINGS.items():
@@ -44,9 +44,12 @@ def session(address: str = LOCAL, gpus: int = 0) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM) if main else None
     try:
         _connect(address)
-        found = int(ray.cluster_resources().get("GPU", 0))
-        if address == LOCAL and found < gpus:
-            raise TesseraError(f"{gpus} GPUs are asked for, this machine has {found}: ask for fewer, or join a cluster")
+        for kind, asked in (("GPU", gpus), ("CPU", cpus)):
+            found = int(ray.cluster_resources().get(kind, 0))
+            if address == LOCAL and found < asked:
+                raise TesseraError(
+                    f"{asked} {kind}s are asked for, this machine has {found}: ask for fewer, or join a cluster"
+                )
         if main:
             signal.signal(signal.SIGTERM, handler)
         yield

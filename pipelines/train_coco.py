@@ -25,7 +25,7 @@ from preprocessing.synthetic import write_set
 from training import names
 from training.ray_train import run_training
 from training.recipe import Recipe
-from training.run import TrainedRun
+from training.run import TrainedRun, start_weights
 
 log = logging.getLogger("tessera.flow")
 
@@ -43,7 +43,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         check_job(job)
         root = find_data(job, chosen)
         check_recipe(job, chosen)
-        with ray_cluster.session(job.ray, job.workers if job.gpus else 0):
+        with ray_cluster.session(job.ray, **{"gpus" if job.gpus else "cpus": job.least_workers or job.workers}):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
             run = train(job, chosen, train_set, val_set)
@@ -62,13 +62,21 @@ def check_job(job: TrainCoco) -> None:
 def find_data(job: TrainCoco, chosen: Recipe) -> Path:
     """The data set's folder; the synthetic one is written where it is not there yet.
 
-    Refuses splits that do not belong together, and a batch that the workers cannot share exactly.
+    Refuses splits that do not belong together, a batch that is larger than the data or that the workers cannot share
+    exactly, and weights to start with that are not there or of another network.
     """
     root = data_root(job)
     train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
     if train_index.labels != val_index.labels:  # weights know categories by their place in the table
         differ = train_index.labels.difference(val_index.labels)
         raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories: {differ}")
+    if chosen.train.batch > len(train_index.records):
+        raise TesseraError(
+            f"{root}: {job.train_split} has {len(train_index.records)} images, fewer than a step (train.batch "
+            f"{chosen.train.batch})"
+        )
+    if job.init_path is not None:
+        start_weights(chosen, train_index.labels, job.storage, job.init_path)
     shards = math.ceil(len(train_index.records) / chosen.shards.samples)
     job.crew.told(chosen.reader.plan(chosen.train.batch, shards), chosen.train.micro_batch)
     return root

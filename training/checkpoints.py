@@ -75,9 +75,9 @@ def read_state(store: Store, run: str, step: int) -> State:
 
 
 def best_step(rows: list[dict[str, Any]], steps: Collection[int]) -> int | None:
-    """Of these steps the one with the highest PQ on the fixed val images; of equals the earliest, None without any."""
+    """Of these steps the one with the highest PQ on the fixed val images; of equals the latest, None without any."""
     measured = [row for row in rows if "pq" in row["figures"] and row["step"] in steps]
-    return max(measured, key=lambda row: row["figures"]["pq"])["step"] if measured else None
+    return max(measured, key=lambda row: (row["figures"]["pq"], row["step"]))["step"] if measured else None
 
 
 def best_weights(state: State) -> dict[str, Tensor]:

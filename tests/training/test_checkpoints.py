@@ -116,7 +116,7 @@ KEPT: dict[str, tuple[int, dict[int, float], list[list[int]]]] = {
     "the last one": (1, {}, [[1], [2], [3], [4], [5]]),
     "the best beside them": (2, {2: 50.0, 4: 40.0}, [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]),
     "a better one in its place": (1, {2: 50.0, 4: 60.0}, [[1], [2], [2, 3], [4], [4, 5]]),
-    "of equals the earliest": (1, {2: 50.0, 3: 50.0, 4: 50.0}, [[1], [2], [2, 3], [2, 4], [2, 5]]),
+    "of equals the latest": (1, {2: 50.0, 3: 50.0, 4: 50.0}, [[1], [2], [3], [4], [4, 5]]),
     "the best among the last": (2, {5: 50.0}, [[1], [1, 2], [2, 3], [3, 4], [4, 5]]),
 }
 

@@ -73,6 +73,7 @@ class S3Server:
         """Stop it (SIGSTOP): connections are accepted, and nothing is answered until the way out."""
         os.killpg(self._process.pid, signal.SIGSTOP)
         try:
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)  # on a busy machine it is not at once
             yield
         finally:
             os.killpg(self._process.pid, signal.SIGCONT)

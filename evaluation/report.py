@@ -136,8 +136,8 @@ def pace(rows: Sequence[Row]) -> str:
     told = f"{sum(steps) / sum(spent):.1f} images/s, {wait:.0%} of the time waiting for data{starved}, {memory:.1f} GiB"
     checked = [row for row in rows if "pq" in row.figures]
     if checked:
-        best = max(checked, key=lambda row: row.figures["pq"])
-        told += f"; best PQ while training {best.figures['pq']:.1f} after step {best.step}"
+        best = max(checked, key=lambda row: (row.figures["pq"], row.step))
+        told += f"; best PQ on the checked val images {best.figures['pq']:.1f} after step {best.step}"
     return told
 
 

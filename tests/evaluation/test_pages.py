@@ -108,7 +108,7 @@ def test_runs_that_differ_in_seeds_alone_are_averaged(opened):
 def test_the_report_tells_how_training_went(opened):
     facts = dict(row.locator("th, td").all_inner_texts() for row in opened.locator(".facts tr").all())
     assert facts["pace"] == pace(course())
-    assert "best PQ while training" in facts["pace"]
+    assert "best PQ on the checked val images" in facts["pace"]
     drawn = opened.locator("h2", has_text="Training").locator("xpath=following-sibling::div[1]//*[name()='svg']")
     assert drawn.count() == 1
     assert "<!-- PQ on the fixed val images, % -->" in drawn.inner_html()

@@ -30,7 +30,7 @@ def test_the_best_pq_is_told_with_its_step():
     rows = [
         replace(ROW, step=step, figures={"pq": pq}) for step, pq in ((10, 20.0), (20, 31.24), (30, 31.24), (40, 5.0))
     ]
-    assert pace(rows).endswith("; best PQ while training 31.2 after step 20")
+    assert pace(rows).endswith("; best PQ on the checked val images 31.2 after step 30")
     assert "PQ" not in pace([replace(ROW, figures={"sq": 80.0})])
 
 

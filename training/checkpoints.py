@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 step: steps done. With the recipe it says which images come next, the learning rate, and the noise to come: a step's
     random draws follow from seed, step and rank.
-method, ema, optimizer: whole tensors on the CPU, by parameter name; ema is None without an average.
+method, ema, optimizer: their state dicts, whole tensors on the CPU; ema is None without an average.
 rows: metrics.Row as dicts, of all steps so far.
 recipe, code: the config, and the version of the code that wrote it.
 """

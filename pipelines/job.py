@@ -3,11 +3,12 @@
 import sys
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
+from pipelines.jobs import StoredJob
 from preprocessing import layouts
 from preprocessing.synthetic import SyntheticConfig
 from training.recipe import Recipe
@@ -17,10 +18,8 @@ from training.shares import Crew
 SYNTHETIC = "synthetic"
 
 
-class TrainCoco(BaseModel):
+class TrainCoco(StoredJob):
     """Parameters of train-coco."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(
         SYNTHETIC, description="Folder of the data set, which every Ray worker can read, or 'synthetic': made here."
@@ -32,9 +31,6 @@ class TrainCoco(BaseModel):
     )
     train_split: str = Field("train2017", description="The split that is trained on.")
     val_split: str = Field("val2017", description="The split that PQ is measured on.")
-    storage: str = Field(
-        ".tessera/store", description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*)."
-    )
     method: str = Field(
         "generalist", description="A method of training/methods.", json_schema_extra={"enum": [*RECIPES]}
     )
@@ -51,7 +47,6 @@ class TrainCoco(BaseModel):
     least_workers: PositiveInt | None = Field(
         None, description="Go on with as few workers while nodes are missing, and grow again; none: wait for all."
     )
-    gpus: bool = Field(False, description="One GPU per training worker and evaluation task.")
     sharded: bool = Field(
         False, description="Each training worker holds a part of the weights and of the optimizer's state (FSDP2)."
     )
@@ -64,7 +59,6 @@ class TrainCoco(BaseModel):
     init: str | None = Field(
         None, description="URL of a finished run, <storage>/train/<hash>, whose weights to start with (fine-tuning)."
     )
-    ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
     bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the run.")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
 

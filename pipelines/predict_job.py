@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from evaluation.predict_plan import Plan, plan_prediction
+from pipelines.jobs import Job
 
 
-class Predict(BaseModel):
+class Predict(Job):
     """Parameters of predict."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(
         description="Folder of a finished run: <storage>/train/<hash>, s3://bucket/prefix/train/<hash> (keys: AWS_*)."
@@ -29,8 +28,6 @@ class Predict(BaseModel):
     options: dict[str, Any] = Field(
         {}, description='Options of decoding, as pipelines.tune prints them: {"method.decode.min_stuff_area": 0.01}.'
     )
-    gpus: bool = Field(False, description="One GPU for each task.")
-    ray: str = Field("local", description="'local' starts Ray here; 'auto' or host:port joins a cluster.")
 
     def plan(self) -> Plan:
         """See plan_prediction."""

@@ -9,10 +9,12 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from evaluation.checkup import ValCheck
+from evaluation.evaluate import evaluation_path
 from evaluation.ray_evaluate import evaluate
 from evaluation.report import Report
 from infra import ray_cluster
 from infra.errors import TesseraError
+from infra.in_use import in_use
 from infra.store import open_store
 from pipelines.job import SYNTHETIC, TrainCoco
 from pipelines.logs import flow_logs
@@ -20,7 +22,7 @@ from pipelines.progress import TrainProgress
 from pipelines.steps import step
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
-from preprocessing.shards import ShardConfig, ShardSet
+from preprocessing.shards import FOLDER, ShardConfig, ShardSet
 from preprocessing.synthetic import write_set
 from training import names
 from training.ray_train import run_training
@@ -102,7 +104,8 @@ def check_recipe(job: TrainCoco, chosen: Recipe) -> None:
 @step
 def precompute_split(job: TrainCoco, root: Path, split: str, config: ShardConfig) -> ShardSet:
     """Shards of one split."""
-    return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
+    with in_use(open_store(job.storage), FOLDER):  # shards that are there are taken over, whoever refers to them
+        return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
 
 
 def facts_of(job: TrainCoco, chosen: Recipe) -> dict[str, Any]:
@@ -121,16 +124,18 @@ def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet, val_set: ShardSet
     """Weights; how far it is shows as a progress artifact of the flow run."""
     store, facts = open_store(job.storage), facts_of(job, chosen) | {"train_set": train_set.path}
     check_name(job, facts)
+    path, init, upkeep = chosen.run_path(train_set.path, job.init_path), job.init_path, chosen.upkeep
     if job.name is not None:
-        names.give(store, job.name, chosen.run_path(train_set.path, job.init_path), facts)
-    upkeep = chosen.upkeep
+        names.give(store, job.name, path, facts)
     check = None if upkeep.check_epochs is None else ValCheck(store.url, val_set.path, upkeep.check_images)
-    return run_training(chosen, train_set, store.url, job.crew, init=job.init_path, check=check, watch=TrainProgress())
+    with in_use(store, f"{path}/"):
+        return run_training(chosen, train_set, store.url, job.crew, init=init, check=check, watch=TrainProgress())
 
 
 @step
 def evaluate_run(job: TrainCoco, chosen: Recipe, run: TrainedRun, val_set: ShardSet) -> Report:
     """PQ, predictions and the report; its headline is an artifact of the flow run."""
-    report = evaluate(chosen, run, val_set, job.storage, job.gpus)
+    with in_use(open_store(job.storage), f"{evaluation_path(chosen, run.path, val_set.path)}/"):
+        report = evaluate(chosen, run, val_set, job.storage, job.gpus)
     create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description="PQ on the val split")
     return report

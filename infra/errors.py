@@ -7,3 +7,7 @@ class TesseraError(Exception):
     Entry points print its text alone and exit with 1; every other exception is a bug of ours and keeps
     its traceback.
     """
+
+
+class StoreError(TesseraError):
+    """The object store did not do what it was asked to: it is away, full, or refuses. No fault of what was stored."""

@@ -26,7 +26,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from infra.errors import TesseraError
+from infra.errors import StoreError, TesseraError
 from infra.store import Entry, Store, checked_prefix
 
 if TYPE_CHECKING:
@@ -280,11 +280,11 @@ def _status(error: ClientError) -> int:
 
 @contextmanager
 def _telling(verb: str, url: str) -> Iterator[None]:
-    """Turn what botocore or the server raises into a TesseraError."""
+    """Turn what botocore or the server raises into a StoreError."""
     try:
         yield
     except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
-        raise TesseraError(f"cannot {verb} {url}: {_cause(error)}") from error
+        raise StoreError(f"cannot {verb} {url}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 A store is one root URL: a folder (a path or a file:// URL) or s3://bucket/prefix (infra.s3_store). Both kinds
 behave alike. Keys are relative and "/"-separated; none may be the folder of another. What goes wrong is a
-TesseraError that names the operation, the URL and the cause.
+StoreError, a TesseraError that names the operation, the URL and the cause.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from infra.errors import TesseraError
+from infra.errors import StoreError, TesseraError
 
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _UNUSABLE = (FileExistsError, NotADirectoryError, PermissionError)
@@ -132,12 +132,12 @@ class FolderStore(Store):
 
 @contextmanager
 def _telling(verb: str, url: str) -> Iterator[None]:
-    """Turn what the disk raises into a TesseraError."""
+    """Turn what the disk raises into a StoreError."""
     try:
         yield
     except OSError as error:
         remedy = "; choose a folder that this user may read and write" if isinstance(error, _UNUSABLE) else ""
-        raise TesseraError(f"cannot {verb} {url}: {error.strerror or error}{remedy}") from error
+        raise StoreError(f"cannot {verb} {url}: {error.strerror or error}{remedy}") from error
 
 
 def _normal(url: str) -> str:

@@ -3,22 +3,21 @@
 import sys
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
-from pipelines.jobs import StoredJob
+from pipelines.jobs import TrainingJob
 from preprocessing import layouts
 from preprocessing.synthetic import SyntheticConfig
 from training.recipe import Recipe
 from training.recipes import RECIPES, recipe
-from training.shares import Crew
 
 SYNTHETIC = "synthetic"
 
 
-class TrainCoco(StoredJob):
+class TrainCoco(TrainingJob):
     """Parameters of train-coco."""
 
     data: str = Field(
@@ -43,13 +42,6 @@ class TrainCoco(StoredJob):
     options: dict[str, Any] = Field(
         {}, description='Other options of the recipe by dotted name, as {"method.eds_distance": 0, "train.seed": 1}.'
     )
-    workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch exactly.")
-    least_workers: PositiveInt | None = Field(
-        None, description="Go on with as few workers while nodes are missing, and grow again; none: wait for all."
-    )
-    sharded: bool = Field(
-        False, description="Each training worker holds a part of the weights and of the optimizer's state (FSDP2)."
-    )
     name: str | None = Field(
         None,
         pattern="^[a-z0-9][a-z0-9._-]{0,62}$",
@@ -65,8 +57,6 @@ class TrainCoco(StoredJob):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainCoco":
         self.resolved()
-        if self.least_workers is not None and self.least_workers > self.workers:
-            raise TesseraError(f"least_workers {self.least_workers} is more than workers {self.workers}")
         if self.anew and self.name is None:
             raise TesseraError("anew: expected a name to give to this config")
         return self
@@ -88,11 +78,6 @@ class TrainCoco(StoredJob):
         if root != open_store(self.storage).url:
             raise TesseraError(f"init {self.init}: expected a run of this storage, {open_store(self.storage).url}")
         return path
-
-    @property
-    def crew(self) -> Crew:
-        """The training workers."""
-        return Crew(self.workers, self.least_workers, self.gpus, self.sharded)
 
     def resolved(self) -> Recipe:
         """The method's recipe with all that this job changes; TesseraError if there is no such recipe or option."""

@@ -5,8 +5,12 @@ its deployments. Keys are never parameters: AWS_*, see infra.s3_store.
 """
 
 import os
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from infra.errors import TesseraError
+from training.shares import Crew
 
 
 class Job(BaseModel):
@@ -29,3 +33,31 @@ class StoredJob(Job):
         description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*). Default: "
         "TESSERA_STORAGE, else .tessera/store.",
     )
+
+
+class TrainingJob(StoredJob):
+    """And who trains."""
+
+    workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch exactly.")
+    least_workers: PositiveInt | None = Field(
+        None, description="Go on with as few workers while nodes are missing, and grow again; none: wait for all."
+    )
+    sharded: bool = Field(
+        False, description="Each training worker holds a part of the weights and of the optimizer's state (FSDP2)."
+    )
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> Self:
+        if self.least_workers is not None and self.least_workers > self.workers:
+            raise TesseraError(f"least_workers {self.least_workers} is more than workers {self.workers}")
+        return self
+
+    @property
+    def crew(self) -> Crew:
+        """The training workers."""
+        return Crew(self.workers, self.least_workers, self.gpus, self.sharded)
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """What ray_cluster.session is to make sure of."""
+        return {"gpus" if self.gpus else "cpus": self.least_workers or self.workers}

@@ -45,7 +45,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         check_job(job)
         root = find_data(job, chosen)
         check_recipe(job, chosen)
-        with ray_cluster.session(job.ray, **{"gpus" if job.gpus else "cpus": job.least_workers or job.workers}):
+        with ray_cluster.session(job.ray, **job.needs):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
             run = train(job, chosen, train_set, val_set)

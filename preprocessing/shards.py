@@ -28,6 +28,17 @@ FOLDER = "precompute"
 _EARLIER = 8
 
 
+class TooManyBad(TesseraError):
+    """More samples of a set had to be set aside than it may lose."""
+
+    def __init__(self, text: str, rejected: tuple[Rejected, ...]) -> None:
+        super().__init__(text, rejected)
+        self.rejected = rejected
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
     """All that the contents of shards depend on, beside the data."""
@@ -106,7 +117,7 @@ def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
     So a data set that has grown costs what it has grown by. Earlier sets are those with the same labels and
     config; the newest are asked first. A shard is taken over if all of its samples are in the index unchanged.
     """
-    family = f"{FOLDER}/{artifacts.digest(SCHEMA_VERSION, index.labels, config)}"
+    family = _family(index.labels, config)
     with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
         prints = list(pool.map(lambda record: record.fingerprint(), index.records))
     left = {record.image_id: (record, known) for record, known in zip(index.records, prints, strict=True)}
@@ -126,11 +137,18 @@ def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
         _job(rest[start : start + config.samples], index.labels, config)
         for start in range(0, len(rest), config.samples)
     ]
-    inputs = [
-        *sorted(job.key for job in jobs),
-        artifacts.digest([(r.image_id, PurePath(r.file).name, r.reason) for r in index.rejected]),
-    ]
-    return Plan(artifacts.step_path(family, SCHEMA_VERSION, config, inputs), tuple(jobs), tuple(extends), taken)
+    path = _set_path(index.labels, config, [job.key for job in jobs], index.rejected)
+    return Plan(path, tuple(jobs), tuple(extends), taken)
+
+
+def _family(labels: LabelTable, config: ShardConfig) -> str:
+    """Folder of all sets whose shards can be taken over by each other."""
+    return f"{FOLDER}/{artifacts.digest(SCHEMA_VERSION, labels, config)}"
+
+
+def _set_path(labels: LabelTable, config: ShardConfig, keys: Sequence[str], rejected: Sequence[Rejected]) -> str:
+    inputs = [*sorted(keys), artifacts.digest([(r.image_id, PurePath(r.file).name, r.reason) for r in rejected])]
+    return artifacts.step_path(_family(labels, config), SCHEMA_VERSION, config, inputs)
 
 
 def _job(samples: Sequence[tuple[Record, str]], labels: LabelTable, config: ShardConfig) -> ShardJob:
@@ -206,28 +224,55 @@ def commit(
     kept = tuple(shard for shard in sorted(shards, key=lambda shard: order[shard.key]) if shard.image_ids)
     result = ShardSet(made.path, index.labels, config, kept, rejected)
     check(result, bad_share)
-    content = {
-        "schema": SCHEMA_VERSION,
-        "samples": result.samples,
-        "labels": index.labels.to_coco(),
-        "config": config,
-        "extends": made.extends,
-        "shards": [asdict(shard) for shard in kept],
-        "rejected": [asdict(r) for r in rejected],
-    }
-    artifacts.write_manifest(store, made.path, content)
+    write_set(store, result, made.extends)
     return result
 
 
+def write_set(store: Store, finished: ShardSet, extends: Sequence[str]) -> None:
+    """Declare a set finished. extends: folders of the sets whose shards it takes over."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        "samples": finished.samples,
+        "labels": finished.labels.to_coco(),
+        "config": finished.config,
+        "extends": extends,
+        "shards": [asdict(shard) for shard in finished.shards],
+        "rejected": [asdict(r) for r in finished.rejected],
+    }
+    artifacts.write_manifest(store, finished.path, content)
+
+
+def join(first: ShardSet, others: Sequence[ShardSet]) -> ShardSet:
+    """The set of the shards of all: nothing is computed, and nothing written (write_set does).
+
+    A shard with an image that an earlier one holds is left out: no image is there twice. The same sets in any order
+    after the first make the same one. Raises TesseraError for sets of other labels or settings than the first's.
+    """
+    shards, held = [*first.shards], {i for shard in first.shards for i in shard.image_ids}
+    others = sorted(others, key=lambda other: other.path)
+    for other in others:
+        if (other.labels, other.config) != (first.labels, first.config):
+            raise TesseraError(f"{other.path}: its categories or settings are other ones than those of {first.path}")
+        fresh = [shard for shard in other.shards if held.isdisjoint(shard.image_ids)]
+        shards += fresh
+        held |= {i for shard in fresh for i in shard.image_ids}
+    if len(shards) == len(first.shards):
+        return first
+    rejected = (*first.rejected, *(r for other in others for r in other.rejected))
+    path = _set_path(first.labels, first.config, [shard.key for shard in shards], rejected)
+    return ShardSet(path, first.labels, first.config, tuple(shards), rejected)
+
+
 def check(result: ShardSet, bad_share: float) -> None:
-    """TesseraError if too many samples were set aside."""
+    """TooManyBad if too many samples were set aside."""
     rejected = result.rejected
     share = len(rejected) / max(1, result.samples + len(rejected))
     if share > bad_share or not result.shards:
         shown = "; ".join(map(str, rejected[:5]))
-        raise TesseraError(
+        raise TooManyBad(
             f"{len(rejected)} of {result.samples + len(rejected)} samples are unusable, above the limit of "
-            f"{bad_share:.1%}: {shown}{'; ...' if len(rejected) > 5 else ''}"
+            f"{bad_share:.1%}: {shown}{'; ...' if len(rejected) > 5 else ''}",
+            rejected,
         )
 
 

@@ -22,10 +22,11 @@ import jinja2
 import numpy as np
 
 from infra.errors import TesseraError
+from infra.store import open_store
 from preprocessing.labels import LabelTable
 from preprocessing.layouts import LAYOUTS, read_index
 from preprocessing.pictures import encode_png, panoptic_overlay
-from preprocessing.source import Defect, Examined, Record
+from preprocessing.source import Defect, Examined, Index, Record
 
 _CHUNK = 32
 _PICTURES = 12
@@ -75,11 +76,8 @@ class Findings:
         return 1 - self.usable / max(1, self.images + self.rejected)
 
 
-def examine_split(
-    root: Path, split: str, layout: str, workers: int, progress: Any = print
-) -> tuple[LabelTable, Findings]:
-    """Read every sample of a split. Raises TesseraError where the split as a whole cannot be read."""
-    index = read_index(root, split, layout)
+def examine_index(index: Index, split: str, workers: int, progress: Any = print) -> tuple[LabelTable, Findings]:
+    """Read every sample of a split, in so many processes."""
     total = Findings(rejected=len(index.rejected))
     total.defects += [Defect(r.reason, r.file, r.image_id) for r in index.rejected] + list(index.unused)
     drawn = frozenset(r.image_id for r in index.records[:: max(1, len(index.records) // _PICTURES)][:_PICTURES])
@@ -168,7 +166,7 @@ def verdict(found: dict[str, tuple[LabelTable, Findings]], bad_share: float) -> 
     return reasons
 
 
-def to_html(root: Path, found: dict[str, tuple[LabelTable, Findings]], reasons: Sequence[str]) -> str:
+def to_html(root: Path | str, found: dict[str, tuple[LabelTable, Findings]], reasons: Sequence[str]) -> str:
     """One file that opens from disk without a network."""
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     return templates.get_template("validate.html").render(
@@ -221,7 +219,7 @@ def _by(sizes: Counter[tuple[int, int]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m preprocessing.validate", description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of the data set")
+    parser.add_argument("data", type=_place, help="folder of the data set, or s3://bucket/prefix")
     parser.add_argument("--split", action="append", help="a split; may be repeated (train2017 and val2017)")
     parser.add_argument("--layout", choices=[*LAYOUTS], default="coco")
     parser.add_argument("--bad-share", type=_share, default=0.01, help="share of unusable samples that is borne (0.01)")
@@ -237,18 +235,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, reasons = {}, list[str]()
     for split in options.split or ["train2017", "val2017"]:
         try:
-            found[split] = examine_split(options.data, split, options.layout, options.workers, _tell)
+            index = read_index(options.data, split, options.layout)
+            found[split] = examine_index(index, split, options.workers, _tell)
         except TesseraError as error:
             reasons += [str(error)] if str(error) not in reasons else []
     compare_splits([findings for _, findings in found.values()])
     for split, (labels, findings) in found.items():
         sys.stdout.write(to_text(split, labels, findings) + "\n")
     reasons += verdict(found, options.bad_share)
-    page = to_html(options.data.resolve(), found, reasons)
+    page = to_html(options.data, found, reasons)
     options.page.write_text(page, encoding="utf-8", errors="backslashreplace")
     can = "cannot be trained on: " + "; ".join(reasons) if reasons else "can be trained on"
     sys.stdout.write(f"{options.data} {can}\npage: {options.page.resolve()}\n")
     return 1 if reasons else 0
+
+
+def _place(text: str) -> str:
+    try:
+        return open_store(text).url
+    except TesseraError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _share(text: str) -> float:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from preprocessing import rgb_ids
+from preprocessing.layouts import read_index
 from preprocessing.source import Defect
-from preprocessing.validate import examine_split, histogram, main
+from preprocessing.validate import examine_index, histogram, main
 from tests.support.coco_folder import CocoFolder, cut
 
 MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
@@ -233,7 +234,7 @@ def patient(tmp_path: Path) -> Patient:
 def run(patient: Patient) -> tuple[list[Defect], set[str]]:
     """All defects, and the masks of the images that the damage went to."""
     patient.save()
-    _, findings = examine_split(patient.folder.root, SPLIT, "coco", 1, lambda line: None)
+    _, findings = examine_index(read_index(patient.folder.root, SPLIT), SPLIT, 1, lambda line: None)
     return findings.defects, {file for file, *_ in patient.expected}
 
 
@@ -320,7 +321,7 @@ def test_names_that_are_no_text_are_shown_all_the_same(coco: CocoFolder, tmp_pat
 
 
 def test_the_histogram_counts_what_the_pixels_say(coco: CocoFolder):
-    labels, findings = examine_split(coco.root, coco.split, "coco", 1, lambda line: None)
+    labels, findings = examine_index(read_index(coco.root, coco.split), coco.split, 1, lambda line: None)
     rows = histogram(labels, findings)
     truths = [coco.sample(position)[1] for position in range(12)]
     for i, row in enumerate(rows):
@@ -335,5 +336,5 @@ def test_the_histogram_counts_what_the_pixels_say(coco: CocoFolder):
 
 def test_any_number_of_processes_finds_the_same(coco: CocoFolder):
     cut(coco.image(2))
-    one, two = (examine_split(coco.root, coco.split, "coco", n, lambda line: None)[1] for n in (1, 2))
+    one, two = (examine_index(read_index(coco.root, coco.split), coco.split, n, lambda line: None)[1] for n in (1, 2))
     assert one == two

@@ -1,0 +1,158 @@
+"""The inbox: data sets put under `inbox/<upload>/` of the store, and what became of each.
+
+An upload is a folder in any layout. `_SUCCESS` in it, written last, says that it is whole: until then it is left
+alone. What became of it is `uploads/<upload>-<version>.json`, created once; its objects stay where they are, and
+change nothing once they are decided on. When an upload is mended and its `_SUCCESS` written again, it is another
+version and looked at anew.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from infra import artifacts
+from infra.errors import TesseraError
+from infra.store import Entry, Store
+from preprocessing.labels import LabelTable
+from preprocessing.source import Index, Rejected
+from preprocessing.validate import Findings, examine_index, to_html
+
+INBOX, DECISIONS, QUARANTINE = "inbox", "uploads", "quarantine"
+WHOLE = "_SUCCESS"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A data set in the inbox."""
+
+    name: str
+    version: str
+    """Changes with any of its objects."""
+    objects: int
+    bytes: int
+    whole: bool
+    """Whether all of it is there."""
+
+    @property
+    def folder(self) -> str:
+        """Where it lies under the store's root."""
+        return f"{INBOX}/{self.name}"
+
+    @property
+    def title(self) -> str:
+        """What its decision and its report are called."""
+        return f"{self.name}-{self.version}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one version of an upload."""
+
+    upload: str
+    version: str
+    state: Literal["accepted", "known", "quarantined"]
+    """known: all of its images were in the train set before."""
+    shards: str | None
+    """Folder of its set of shards, if it was accepted."""
+    samples: int
+    """Those that were new and good."""
+    known: int
+    """Those that were there before: left out, whatever is annotated now."""
+    rejected: tuple[Rejected, ...]
+    reason: str | None
+    """Why the whole of it is in quarantine."""
+    report: str | None
+    """Key of a page about what was set aside."""
+    time: str
+
+    def __str__(self) -> str:
+        known = f", {self.known} known already" if self.known else ""
+        aside = f", {len(self.rejected)} set aside" if self.rejected else ""
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.upload} {self.state}, {self.samples} new samples{known}{aside}{why}"
+
+
+def uploads(store: Store) -> tuple[Upload, ...]:
+    """All that lies in the inbox, by name. TesseraError for an object that is in no upload's folder."""
+    folders: dict[str, list[Entry]] = {}
+    for entry in store.list(f"{INBOX}/"):
+        name, inside, _ = entry.key.removeprefix(f"{INBOX}/").partition("/")
+        if not inside:
+            raise TesseraError(f"{store.url_for(entry.key)}: expected {INBOX}/<upload>/..., a folder for each upload")
+        folders.setdefault(name, []).append(entry)
+    return tuple(_upload(name, entries) for name, entries in sorted(folders.items()))
+
+
+def _upload(name: str, entries: Sequence[Entry]) -> Upload:
+    facts = [(entry.key, entry.size, entry.modified.isoformat()) for entry in entries]
+    whole = any(entry.key == f"{INBOX}/{name}/{WHOLE}" for entry in entries)
+    return Upload(name, artifacts.digest(facts), len(entries), sum(entry.size for entry in entries), whole)
+
+
+def decisions(store: Store) -> dict[str, Decision]:
+    """By Upload.title, all that were made."""
+    keys = [entry.key for entry in store.list(f"{DECISIONS}/")]
+    with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the store
+        return {
+            key.split("/")[1].removesuffix(".json"): _read(text)
+            for key, text in zip(keys, pool.map(store.read, keys), strict=True)
+        }
+
+
+def _read(text: bytes) -> Decision:
+    content = json.loads(text)
+    return Decision(**content | {"rejected": tuple(Rejected(**row) for row in content["rejected"])})
+
+
+def decide(store: Store, upload: Upload, page: str | None = None, **facts: Any) -> Decision:
+    """Write what became of an upload, its report first; of racing writers the first one's stays and is returned."""
+    found = Decision(
+        upload.name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), report=None, **facts
+    )
+    if page is not None:
+        found = replace(found, report=f"{QUARANTINE}/{upload.title}/report.html")
+        store.write(f"{QUARANTINE}/{upload.title}/report.html", page.encode(errors="backslashreplace"))
+    key = f"{DECISIONS}/{upload.title}.json"
+    if store.create(key, json.dumps(asdict(found), indent=1).encode()):
+        return found
+    return _read(store.read(key))
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What of an upload is new."""
+
+    index: Index
+    known: int
+    """Samples that are in the train set already."""
+
+
+def sift(index: Index, labels: LabelTable, train: frozenset[int], val: frozenset[int]) -> Sifted:
+    """Leave out what the train set has already, and set aside what must not be in it: images of the val set.
+
+    train, val: image ids. Raises TesseraError for other categories than `labels`.
+    """
+    if index.labels != labels:
+        raise TesseraError(f"its categories are not those of the train set: {index.labels.difference(labels)}")
+    fresh = tuple(r for r in index.records if r.image_id not in train | val)
+    leaked = [r for r in index.records if r.image_id in val]
+    reason = "the image is in the val set: to train on it would make PQ there meaningless"
+    rejected = (*index.rejected, *(Rejected(r.image_id, str(r.image), reason) for r in leaked))
+    known = len(index.records) - len(fresh) - len(leaked)
+    return Sifted(replace(index, records=fresh, rejected=rejected), known)
+
+
+def page(url: str, index: Index | None, rejected: Sequence[Rejected], reason: str | None) -> str:
+    """validate's page of the samples that were set aside. index: None where there is none."""
+    reasons = [] if reason is None else [reason]
+    if index is None:
+        return to_html(url, {}, reasons)
+    bad = {r.image_id for r in rejected}
+    aside = replace(index, records=tuple(r for r in index.records if r.image_id in bad), unused=())
+    found: dict[str, tuple[LabelTable, Findings]] = {
+        "set aside": examine_index(aside, "set aside", 1, lambda line: None)
+    }
+    return to_html(url, found, reasons)

@@ -1,0 +1,109 @@
+"""A round of retraining: one train set and one setting, one challenger, one verdict.
+
+`retrain/<hash>/plan.json` says which weights it starts from; it is created once, so that whoever takes up a round that
+was killed, or runs beside another, trains the same challenger. `manifest.json`, last, says what came of it.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evaluation.champion import Champion, Verdict, current, history, judge, promote
+from evaluation.compare import compare, read_evaluation, to_html
+from infra import artifacts
+from infra.store import Store
+
+SCHEMA_VERSION = 1
+FOLDER = "retrain"
+log = logging.getLogger("tessera.retrain")
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round starts from."""
+
+    path: str
+    """Its folder."""
+    train_set: str
+    champion: int
+    """Number of the champion at its beginning."""
+    init: str
+    """Folder of the run whose weights the challenger starts with: that champion's."""
+    uploads: tuple[str, ...]
+    """Titles of the accepted uploads, by then."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a round."""
+
+    round: Round
+    run: str
+    """The challenger's folder."""
+    evaluation: str
+    pq: dict[str, float | None]
+    """The challenger's, by group, percent."""
+    verdict: Verdict
+    promoted: int | None
+    """Number of the champion that it became."""
+    page: str
+    """Key of the comparison with the champion."""
+
+
+def round_path(settings: dict[str, Any], root: str, train_set: str) -> str:
+    """Folder of the round. root: evaluation that the champion's line began with."""
+    return artifacts.step_path(FOLDER, SCHEMA_VERSION, settings, [root, train_set])
+
+
+def begin(store: Store, planned: Round) -> Round:
+    """Fix what the round starts from, or return what was fixed before."""
+    key = f"{planned.path}/plan.json"
+    if store.create(key, json.dumps(asdict(planned), indent=1).encode()):
+        return planned
+    content = json.loads(store.read(key))
+    return Round(**content | {"uploads": tuple(content["uploads"])})
+
+
+def settle(
+    store: Store,
+    begun: Round,
+    challenger: str,
+    margin: float,
+    evaluated: Callable[[Champion], str],
+    flow_run: str | None,
+) -> tuple[Verdict, Champion, Champion | None]:
+    """Promote the challenger if it beats the champion of this moment. Gives the verdict, with whom, and the new entry.
+
+    challenger: folder of its evaluation. evaluated: gives a champion's. What an earlier attempt or a run beside this
+    one has done already stands, even if the champion was rolled back since.
+    """
+    run = (artifacts.read_manifest(store, challenger) or {})["run"]
+    while True:
+        entries = history(store)
+        won = next((e for e in entries if e.run == run and e.number > begun.champion), None)
+        against = current(store) if won is None else entries[won.number - 2]
+        verdict = judge(store, against, evaluated(against), challenger, margin)
+        if won is not None or not verdict.better:
+            return verdict, against, won
+        entry = promote(store, against, challenger, flow_run)
+        if entry is not None:
+            return verdict, against, entry
+        log.info("another champion was named at the same moment: comparing with that one")
+
+
+def finish(
+    store: Store, begun: Round, verdict: Verdict, beaten: str, challenger: str, promoted: Champion | None
+) -> Outcome:
+    """Write the comparison's page and the manifest. beaten, challenger: folders of the two evaluations."""
+    page = f"{begun.path}/compare.html"
+    rows = compare([read_evaluation(store.url_for(path)) for path in (beaten, challenger)])
+    store.write(page, to_html(rows).encode())
+    manifest = artifacts.read_manifest(store, challenger)
+    assert manifest is not None  # it was compared
+    number = None if promoted is None else promoted.number
+    outcome = Outcome(begun, manifest["run"], challenger, manifest["pq"], verdict, number, page)
+    content = asdict(outcome) | {"runs": [manifest["run"]], "evaluations": [beaten, challenger]}
+    artifacts.write_manifest(store, begun.path, content)
+    return outcome

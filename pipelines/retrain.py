@@ -1,0 +1,202 @@
+"""The flow retrain: what came into the inbox -> shards -> a challenger -> a new champion, or not."""
+
+import logging
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from evaluation import rounds
+from evaluation.champion import Champion
+from evaluation.checkup import ValCheck
+from evaluation.evaluate import evaluation_path
+from evaluation.ray_evaluate import evaluate
+from evaluation.rounds import Outcome, Round
+from infra import artifacts, ray_cluster
+from infra.errors import TesseraError
+from infra.in_use import in_use
+from infra.store import Store, open_store
+from pipelines.logs import flow_logs
+from pipelines.progress import TrainProgress
+from pipelines.retrain_job import Line, Retrain, absolute, decoded, read_line
+from pipelines.steps import step
+from preprocessing import shards
+from preprocessing.inbox import Decision, Upload, decisions, uploads
+from preprocessing.ray_inbox import take_in
+from preprocessing.shards import ShardSet, join, read_set
+from training.ray_train import run_training
+from training.recipe import Recipe
+from training.run import TrainedRun, read_run, start_weights
+
+log = logging.getLogger("tessera.flow")
+
+
+@flow(name="retrain")
+def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
+    """Fine-tune the champion on what came into the inbox, and promote the result if it is better beyond chance.
+
+    Ends as completed: NothingNew, Promoted or Refused, with a message that says why. A run that was killed is taken up
+    by the next one: each step is done when its output is on the store.
+    """
+    job = absolute(job)
+    with flow_logs():
+        line = check_job(job)
+        waiting = look(job)
+        if not waiting and (why := idle(job, line)):
+            return Completed(name="NothingNew", message=why)
+        check_recipe(job, line)
+        with ray_cluster.session(job.ray, **job.needs):
+            found = take_in_uploads(job, line, waiting)
+            if why := idle(job, line):
+                return Completed(name="NothingNew", message="; ".join([why, *map(str, found)]))
+            begun = begin_round(job, line)
+            run = train_challenger(job, line, begun)
+            outcome = settle_round(job, line, begun, run)
+    name = "Refused" if outcome.promoted is None else "Promoted"
+    return Completed(name=name, message=str(outcome.verdict), data={"page": outcome.page, "run": outcome.run})
+
+
+@step
+def check_job(job: Retrain) -> Line:
+    """Refuse a store that cannot be written, and one without a champion."""
+    store = open_store(job.storage)
+    store.check()
+    line = read_line(store)
+    log.info("champion %s", line.champion)
+    return line
+
+
+@step
+def look(job: Retrain) -> list[Upload]:
+    """The uploads that are whole and not decided on."""
+    store = open_store(job.storage)
+    known, found = decisions(store), uploads(store)
+    waiting = [upload for upload in found if upload.whole and upload.title not in known]
+    unfinished = [upload.name for upload in found if not upload.whole]
+    log.info("inbox: %d uploads, %d of them new", len(found), len(waiting))
+    if unfinished:
+        log.info("left alone, since they are not whole yet (no _SUCCESS): %s", ", ".join(unfinished))
+    return waiting
+
+
+@step
+def check_recipe(job: Retrain, line: Line) -> None:
+    """Refuse at once the options, workers or weights that training would refuse hours later."""
+    recipe = line.tuned(job)
+    if recipe.shards != line.base.config:
+        raise TesseraError(f"options {job.options}: they ask for other shards than the champion's line has")
+    job.crew.told(recipe.plan(line.base), recipe.train.micro_batch)
+    start_weights(recipe, line.base.labels, job.storage, line.champion.run)
+
+
+@step
+def take_in_uploads(job: Retrain, line: Line, waiting: list[Upload]) -> list[Decision]:
+    """Shards of each upload, or its quarantine, one after the other: each knows the images of those before."""
+    store, data, found = open_store(job.storage), all_data(job, line), list[Decision]()
+    val_ids = frozenset(i for shard in line.val_set.shards for i in shard.image_ids)
+    known = decisions(store)  # of an attempt before
+    for upload in (upload for upload in waiting if upload.title not in known):
+        log.info("upload %s: %d objects, %.1f MB", upload.name, upload.objects, upload.bytes / 1e6)
+        with in_use(store, f"{shards.FOLDER}/"):
+            decision = take_in(store, upload, job.layout, job.split, data, val_ids, job.bad_share)
+        made = None if decision.shards is None else read_set(store, decision.shards)
+        data = data if made is None else join(data, [made])
+        tell = log.info if decision.report is None else log.warning
+        tell("upload %s", decision)
+        found.append(decision)
+    if aside := [decision for decision in found if decision.report is not None]:
+        lines = [f"- {decision}: {store.url_for(str(decision.report))}" for decision in aside]
+        create_markdown_artifact("\n".join(lines), key="quarantine", description="What was set aside, and why")
+    return found
+
+
+def accepted(store: Store) -> list[Decision]:
+    """What was accepted so far, in the order of its sets."""
+    found = (decision for decision in decisions(store).values() if decision.state == "accepted")
+    return sorted(found, key=lambda decision: str(decision.shards))
+
+
+def all_data(job: Retrain, line: Line) -> ShardSet:
+    """The line's base with all accepted uploads."""
+    store = open_store(job.storage)
+    sets = (read_set(store, str(decision.shards)) for decision in accepted(store))
+    return join(line.base, [found for found in sets if found is not None])
+
+
+def idle(job: Retrain, line: Line) -> str:
+    """Why there is nothing to do; empty if there is."""
+    store, train_set = open_store(job.storage), all_data(job, line).path
+    if train_set == line.base.path:
+        return "nothing new: no upload was accepted since the champion's line began"
+    if (artifacts.read_manifest(store, line.champion.run) or {}).get("train_set") == train_set:
+        return f"nothing new: champion {line.champion.number} was trained on all that was accepted"
+    path = rounds.round_path(job.settings, line.champion.root, train_set)
+    if artifacts.read_manifest(store, path) is not None:
+        return f"nothing new: all that was accepted has been tried with these settings, {store.url_for(path)}"
+    return ""
+
+
+@step
+def begin_round(job: Retrain, line: Line) -> Round:
+    """Write the joined set, and from which weights the challenger starts."""
+    store, train_set = open_store(job.storage), all_data(job, line)
+    taken = accepted(store)
+    titles = tuple(f"{decision.upload}-{decision.version}" for decision in taken)
+    shards.write_set(store, train_set, [line.base.path, *(str(decision.shards) for decision in taken)])
+    path = rounds.round_path(job.settings, line.champion.root, train_set.path)
+    begun = rounds.begin(store, Round(path, train_set.path, line.champion.number, line.champion.run, titles))
+    log.info("round %s: %d samples, %d uploads, from champion %d", path, train_set.samples, len(titles), begun.champion)
+    return begun
+
+
+@step
+def train_challenger(job: Retrain, line: Line, begun: Round) -> TrainedRun:
+    """Fine-tuned weights; how far it is shows as a progress artifact of the flow run."""
+    store, recipe = open_store(job.storage), line.tuned(job)
+    train_set, upkeep = read_set(store, begun.train_set), recipe.upkeep
+    assert train_set is not None  # begin_round wrote it
+    check = None if upkeep.check_epochs is None else ValCheck(store.url, line.val_set.path, upkeep.check_images)
+    with in_use(store, f"{recipe.run_path(train_set.path, begun.init)}/"):
+        return run_training(recipe, train_set, store.url, job.crew, init=begun.init, check=check, watch=TrainProgress())
+
+
+@step
+def settle_round(job: Retrain, line: Line, begun: Round, run: TrainedRun) -> Outcome:
+    """Evaluate both on the same images, promote or refuse; the comparison is an artifact of the flow run."""
+    store = open_store(job.storage)
+    challenger = evaluate_on(job, line, line.tuned(job), run)
+
+    def evaluated(champion: Champion) -> str:
+        found = read_run(store.url, champion.run)
+        if found is None:
+            raise TesseraError(f"{store.url_for(champion.run)}: the champion's run is not there")
+        return evaluate_on(job, line, decoded(store, champion), found)
+
+    verdict, beaten, promoted = rounds.settle(store, begun, challenger, job.margin, evaluated, flow_run.id)
+    outcome = rounds.finish(store, begun, verdict, evaluated(beaten), challenger, promoted)
+    log.info("%s: %s", "promoted" if promoted else "refused", verdict)
+    create_markdown_artifact(to_markdown(outcome, beaten, store.url), key="retrain", description="What came of it")
+    return outcome
+
+
+def evaluate_on(job: Retrain, line: Line, recipe: Recipe, run: TrainedRun) -> str:
+    """Folder of a run's evaluation on the line's val set, made where it is not there."""
+    path = evaluation_path(recipe, run.path, line.val_set.path)
+    with in_use(open_store(job.storage), f"{path}/"):
+        evaluate(recipe, run, line.val_set, job.storage, job.gpus)
+    return path
+
+
+def to_markdown(outcome: Outcome, beaten: Champion, storage: str) -> str:
+    """The verdict and the two runs."""
+    what = "refused" if outcome.promoted is None else f"promoted, champion {outcome.promoted}"
+    rows = ((f"champion {beaten.number}", beaten.pq, beaten.run), ("challenger", outcome.pq, outcome.run))
+    lines = [f"### {what}: {outcome.verdict}", "", "| | PQ | things | stuff | run |", "|---|---:|---:|---:|---|"]
+    for name, pq, run in rows:
+        figures = ["-" if pq[group] is None else f"{pq[group]:.2f}" for group in ("all", "things", "stuff")]
+        lines.append(f"| {name} | {' | '.join(figures)} | {run} |")
+    uploads_told = ", ".join(outcome.round.uploads)
+    return "\n".join([*lines, "", f"uploads: {uploads_told}", "", f"{storage}/{outcome.page}"])

@@ -1,0 +1,97 @@
+"""What retrain is asked to do, and what it starts from."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, PositiveFloat
+
+from evaluation.champion import Champion, current
+from infra import artifacts
+from infra.errors import TesseraError
+from infra.store import Store, open_store
+from pipelines.jobs import TrainingJob
+from preprocessing import layouts
+from preprocessing.shards import ShardSet, read_set
+from training.recipe import Recipe
+
+
+class Retrain(TrainingJob):
+    """Parameters of retrain. The recipe is the one that the champion's line began with."""
+
+    layout: Annotated[str, AfterValidator(layouts.known)] = Field(
+        "coco",
+        description="How uploads are laid out; see docs/data.md.",
+        json_schema_extra={"enum": [*layouts.LAYOUTS]},
+    )
+    split: str = Field("train2017", description="The split of an upload that is trained on.")
+    epochs: PositiveFloat | None = Field(
+        None, description="Passes of fine-tuning over all data; default: a tenth of the recipe's."
+    )
+    lr_share: float = Field(
+        0.1, gt=0, le=1, description="Peak learning rate of fine-tuning, as a share of the recipe's."
+    )
+    options: dict[str, Any] = Field({}, description="Other options of the recipe by dotted name, as in train-coco.")
+    margin: float = Field(
+        0.0, ge=0, description="Promote if the 95 % interval of the gain in PQ lies above so many percent as a whole."
+    )
+    bad_share: float = Field(
+        0.05, ge=0, le=1, description="Share of unusable samples that puts an upload in quarantine."
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that another challenger or another verdict follows from."""
+        return self.model_dump(include={"epochs", "lr_share", "options", "margin"})
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where a line of fine-tuned runs began."""
+
+    champion: Champion
+    """Of today."""
+    recipe: Recipe
+    """Of the first run, with the decoding of its evaluation."""
+    base: ShardSet
+    """What the first run was trained on."""
+    val_set: ShardSet
+    """What all are evaluated on."""
+
+    def tuned(self, job: Retrain) -> Recipe:
+        """The recipe of a challenger. TesseraError for options that there are not."""
+        recipe = self.recipe.lasting(job.epochs or self.recipe.train.epochs / 10)
+        return recipe.changed({"train.lr": self.recipe.train.lr * job.lr_share} | job.options)
+
+
+def read_line(store: Store) -> Line:
+    """The line of today's champion. TesseraError if there is no champion, or something that it names is gone."""
+    champion = current(store)
+    root = _manifest(store, champion.root)
+    run = _manifest(store, root["run"])
+    recipe = Recipe.from_json(run["recipe"]).changed({"method.decode": root["decode"]})
+    return Line(champion, recipe, _set(store, run["train_set"]), _set(store, root["val_set"]))
+
+
+def decoded(store: Store, champion: Champion) -> Recipe:
+    """Recipe of a champion's run with the decoding of its evaluation."""
+    evaluation = _manifest(store, champion.evaluation)
+    return Recipe.from_json(_manifest(store, champion.run)["recipe"]).changed({"method.decode": evaluation["decode"]})
+
+
+def _manifest(store: Store, path: str) -> dict[str, Any]:
+    content = artifacts.read_manifest(store, path)
+    if content is None:
+        raise TesseraError(f"{store.url_for(path)}: the champion refers to it, and it is not there")
+    return content
+
+
+def _set(store: Store, path: str) -> ShardSet:
+    found = read_set(store, path)
+    if found is None:
+        raise TesseraError(f"{store.url_for(path)}: the champion refers to this data set, and it is not there")
+    return found
+
+
+def absolute(job: Retrain) -> Retrain:
+    """The job with its storage as a URL that holds wherever a worker stands."""
+    return job.model_copy(update={"storage": open_store(job.storage).url})

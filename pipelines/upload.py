@@ -1,0 +1,88 @@
+"""`python -m pipelines.upload FOLDER [STORAGE]`: put a data set into the inbox, and tell Prefect that it is there.
+
+The same can be done with any S3 client: copy the folder to <storage>/inbox/<name>/, and write an object _SUCCESS there
+last. Where PREFECT_API_URL is set, the event tessera.upload starts the deployments that wait for it.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from infra.errors import TesseraError
+from infra.store import Store, open_store
+from pipelines.jobs import StoredJob
+from preprocessing.inbox import INBOX, WHOLE
+from preprocessing.layouts import LAYOUTS, read_index
+
+EVENT = "tessera.upload"
+log = logging.getLogger("tessera.upload")
+
+
+def upload(folder: Path, store: Store, name: str) -> int:
+    """Copy all files below a folder into the inbox, those that are not there yet; `_SUCCESS` last. Gives their number.
+
+    TesseraError for a name that is none, or that is taken, and for zips: on a store nothing looks into them.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise TesseraError(f"{name!r} is no name for an upload: letters, digits, dots and dashes; give one with --name")
+    place = f"{INBOX}/{name}"
+    if store.exists(f"{place}/{WHOLE}"):
+        raise TesseraError(f"{store.url_for(place)}: taken by an earlier upload; choose another --name")
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if zips := [key for key in files if key.endswith(".zip")]:
+        raise TesseraError(f"{folder / zips[0]}: unpack it first; zips are read from disks only")
+    sizes = {entry.key.removeprefix(f"{place}/"): entry.size for entry in store.list(f"{place}/")}
+    left = [(key, path) for key, path in files.items() if sizes.get(key) != path.stat().st_size]
+    with ThreadPoolExecutor(8) as pool:
+        for number, _ in enumerate(
+            pool.map(lambda item: store.write(f"{place}/{item[0]}", item[1].read_bytes()), left)
+        ):
+            if number % 100 == 99:
+                log.info("%d of %d files", number + 1, len(left))
+    store.write(f"{place}/{WHOLE}", b"")
+    return len(files)
+
+
+def tell(store: Store, name: str) -> None:
+    """Emit the event, if there is a Prefect server to emit it to."""
+    if "PREFECT_API_URL" not in os.environ:
+        log.info("PREFECT_API_URL is not set: the next scheduled retraining will find it")
+        return
+    from prefect.events import emit_event
+    from prefect.events.worker import EventsWorker
+
+    resource = {"prefect.resource.id": f"tessera.inbox.{name}", "prefect.resource.name": name}
+    emit_event(event=EVENT, resource=resource, payload={"storage": store.url, "upload": name})
+    EventsWorker.instance().drain()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.upload", description=__doc__)
+    parser.add_argument("folder", type=Path, help="a data set, as `data` of train-coco")
+    parser.add_argument("storage", nargs="?", help="root of the storage (TESSERA_STORAGE)")
+    parser.add_argument("--name", help="of the upload (the folder's)")
+    parser.add_argument("--layout", choices=[*LAYOUTS], default="coco")
+    parser.add_argument("--split", default="train2017", help="the split that is to be trained on (train2017)")
+    asked = parser.parse_args(arguments)
+    folder, name = asked.folder.resolve(), asked.name or asked.folder.resolve().name
+    try:
+        samples = len(read_index(folder, asked.split, asked.layout).records)  # what is none is seen before it is sent
+        store = open_store(asked.storage or StoredJob().storage)
+        count = upload(folder, store, name)
+        log.info("%s: %d files, %d samples", store.url_for(f"{INBOX}/{name}"), count, samples)
+        tell(store, name)
+    except (TesseraError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    sys.exit(main())

@@ -11,3 +11,7 @@ class TesseraError(Exception):
 
 class StoreError(TesseraError):
     """The object store did not do what it was asked to: it is away, full, or refuses. No fault of what was stored."""
+
+
+class NoSuchObject(StoreError):
+    """The store answers, and has no object of this key."""

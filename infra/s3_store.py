@@ -26,7 +26,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from infra.errors import StoreError, TesseraError
+from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.store import Entry, Store, checked_prefix
 
 if TYPE_CHECKING:
@@ -284,7 +284,8 @@ def _telling(verb: str, url: str) -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
-        raise StoreError(f"cannot {verb} {url}: {_cause(error)}") from error
+        gone = isinstance(error, ClientError) and error.response["Error"]["Code"] == "NoSuchKey"
+        raise (NoSuchObject if gone else StoreError)(f"cannot {verb} {url}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from infra.errors import StoreError, TesseraError
+from infra.errors import NoSuchObject, StoreError, TesseraError
 
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _UNUSABLE = (FileExistsError, NotADirectoryError, PermissionError)
@@ -53,7 +53,7 @@ class Store(ABC):
         return f"{self.url.rstrip('/')}/{_checked(key)}"
 
     def read(self, key: str) -> bytes:
-        """The whole object."""
+        """The whole object. NoSuchObject if there is none."""
         with self.open(key) as stream:
             return stream.read()
 
@@ -137,7 +137,8 @@ def _telling(verb: str, url: str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "; choose a folder that this user may read and write" if isinstance(error, _UNUSABLE) else ""
-        raise StoreError(f"cannot {verb} {url}: {error.strerror or error}{remedy}") from error
+        kind = NoSuchObject if isinstance(error, FileNotFoundError) else StoreError
+        raise kind(f"cannot {verb} {url}: {error.strerror or error}{remedy}") from error
 
 
 def _normal(url: str) -> str:

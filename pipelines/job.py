@@ -21,7 +21,9 @@ class TrainCoco(TrainingJob):
     """Parameters of train-coco."""
 
     data: str = Field(
-        SYNTHETIC, description="Folder of the data set, which every Ray worker can read, or 'synthetic': made here."
+        SYNTHETIC,
+        description="Folder of the data set, which every Ray worker can read, s3://bucket/prefix, or 'synthetic': made "
+        "here.",
     )
     layout: Annotated[str, AfterValidator(layouts.known)] = Field(
         "coco",

@@ -23,6 +23,7 @@ from pipelines.steps import step
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import FOLDER, ShardConfig, ShardSet
+from preprocessing.source import Index
 from preprocessing.synthetic import write_set
 from training import names
 from training.ray_train import run_training
@@ -61,35 +62,45 @@ def check_job(job: TrainCoco) -> None:
 
 
 @step
-def find_data(job: TrainCoco, chosen: Recipe) -> Path:
+def find_data(job: TrainCoco, chosen: Recipe) -> str:
     """The data set's folder; the synthetic one is written where it is not there yet.
 
     Refuses splits that do not belong together, a batch that is larger than the data or that the workers cannot share
     exactly, and weights to start with that are not there or of another network.
     """
     root = data_root(job)
+    check_fit(job, chosen, read_train_index(job, root))
+    return root
+
+
+def read_train_index(job: TrainCoco, root: str) -> Index:
+    """Of the train split. TesseraError unless the val split belongs to it."""
     train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
     if train_index.labels != val_index.labels:  # weights know categories by their place in the table
         differ = train_index.labels.difference(val_index.labels)
         raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories: {differ}")
+    return train_index
+
+
+def check_fit(job: TrainCoco, chosen: Recipe, train_index: Index) -> None:
+    """Refuse a batch, workers or weights to start with that do not go with the data, as `find_data` says."""
     if chosen.train.batch > len(train_index.records):
         raise TesseraError(
-            f"{root}: {job.train_split} has {len(train_index.records)} images, fewer than a step (train.batch "
+            f"{job.data}: {job.train_split} has {len(train_index.records)} images, fewer than a step (train.batch "
             f"{chosen.train.batch})"
         )
     if job.init_path is not None:
         start_weights(chosen, train_index.labels, job.storage, job.init_path)
     shards = math.ceil(len(train_index.records) / chosen.shards.samples)
     job.crew.told(chosen.reader.plan(chosen.train.batch, shards), chosen.train.micro_batch)
-    return root
 
 
-def data_root(job: TrainCoco) -> Path:
-    """Folder of the data; writes the synthetic set where it is not there yet."""
+def data_root(job: TrainCoco) -> str:
+    """Folder or URL of the data, absolute; writes the synthetic set where it is not there yet."""
     if job.data != SYNTHETIC:
-        return Path(job.data).resolve()
+        return open_store(job.data).url
     log.info("synthetic set: %d train and %d val images", job.synthetic.train, job.synthetic.val)
-    return write_set(Path(".tessera/data").resolve(), job.synthetic)
+    return str(write_set(Path(".tessera/data").resolve(), job.synthetic))
 
 
 @step
@@ -102,7 +113,7 @@ def check_recipe(job: TrainCoco, chosen: Recipe) -> None:
 
 
 @step
-def precompute_split(job: TrainCoco, root: Path, split: str, config: ShardConfig) -> ShardSet:
+def precompute_split(job: TrainCoco, root: str, split: str, config: ShardConfig) -> ShardSet:
     """Shards of one split."""
     with in_use(open_store(job.storage), FOLDER):  # shards that are there are taken over, whoever refers to them
         return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)

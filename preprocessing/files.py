@@ -1,7 +1,7 @@
-"""The files of a data set: on disk, or in zips, which are read where they lie and never unpacked.
+"""The files of a data set: on disk, in zips, which are read where they lie and never unpacked, or on an object store.
 
-Only the driver reads a zip's directory; a `File` then says by itself where its bytes are, so a worker reads
-one sample of a zip of 118,000 without knowing of the others.
+Only the driver reads a zip's directory and lists a store; a `File` then says by itself where its bytes are, so a
+worker reads one sample of 118,000 without knowing of the others.
 """
 
 import io
@@ -14,14 +14,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from infra.errors import TesseraError
+from infra.errors import NoSuchObject, TesseraError
+from infra.store import open_store
 
 MAX_BYTES = 1 << 30
-"""Largest member of a zip that is read into memory: a guard against zip bombs."""
+"""Largest member of a zip, or object, that is read into memory: a guard against zip bombs."""
 
+_S3 = "s3://"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CHUNK = 1 << 20
 
@@ -47,11 +49,13 @@ class File:
     """One file; `str(file)` is what messages call it."""
 
     path: str
-    """The file on disk that holds it."""
+    """The file on disk that holds it, or the URL of the object on the store."""
     member: Member | None = None
-    """None: it is that file."""
+    """None: it is that file or object."""
     inside: str = ""
     """Its name in the zip (of the zip) at `path`."""
+    listed: int | None = None
+    """Bytes of an object as the store's listing has them; None where that lacks it: then nobody asks for it."""
 
     def __str__(self) -> str:
         return f"{self.path}/{self.inside}" if self.inside else self.path
@@ -62,24 +66,49 @@ class File:
         return Path(self.inside or self.path).name
 
     def read(self) -> bytes:
-        """All bytes. OSError if that cannot be done, or a zip's checksum disagrees."""
+        """All bytes. OSError if that cannot be done, or a zip's checksum disagrees.
+
+        StoreError if the object store is away or refuses: that is the fault of no file.
+        """
+        if self._is_object:
+            return self._read_object()
         if self.member is None:
             self._check_regular()
             return Path(self.path).read_bytes()
-        if self.member.size > MAX_BYTES:
-            raise OSError(f"{self.member.size} bytes are too many for one file, at most {MAX_BYTES} are read")
+        _check_size(self.member.size)
         data = b"".join(_inflated(self.member, self._disk()))
         if zlib.crc32(data) != self.member.crc:
             raise OSError("its checksum in the zip disagrees")
         return data
 
     def size(self) -> int:
-        """Bytes. OSError if there is no such file."""
+        """Bytes, of an object as it was listed. OSError if there is no such file."""
+        if self._is_object:
+            if self.listed is None:
+                raise FileNotFoundError("the store has no such object")
+            return self.listed
         return Path(self.path).stat().st_size if self.member is None else self.member.size
 
     def crc(self) -> int:
-        """CRC-32 of the bytes; a zip knows it without reading them. OSError as `read`."""
+        """CRC-32 of the bytes; a zip knows it without reading them. Raises as `read`."""
         return zlib.crc32(self.read()) if self.member is None else self.member.crc
+
+    @property
+    def _is_object(self) -> bool:
+        return self.path.startswith(_S3)
+
+    def _read_object(self) -> bytes:
+        _check_size(self.size())
+        bucket, _, key = self.path.removeprefix(_S3).partition("/")
+        store = open_store(_S3 + bucket)
+        try:
+            store.url_for(key)
+        except TesseraError as error:  # buckets may hold names, unprintable ones say, that our stores refuse
+            raise OSError(str(error)) from error
+        try:
+            return store.read(key)
+        except NoSuchObject as error:
+            raise FileNotFoundError("the object is gone since the data set was listed") from error
 
     def _check_regular(self) -> None:
         """A pipe in the place of a file would keep its reader waiting for ever."""
@@ -96,54 +125,77 @@ class File:
 
 
 class Tree:
-    """The folder of a data set. What its zips hold counts as if they were unpacked where they lie."""
+    """A data set: a folder, where what zips hold counts as if they were unpacked, or what is below a URL of a store.
+
+    A store is listed once, at the start; all that is asked here afterwards costs no request.
+    """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).resolve()
-        with _telling(self.root):
-            if not self.root.is_dir():
-                what = "it is no folder" if self.root.exists() else "not found"
-                raise TesseraError(f"{self.root}: {what} (expected the folder of a data set)")
+        self.root = open_store(str(root)).url
         self._zipped: dict[str, File] | None = None
-        self._broken: list[TesseraError] = []
+        self._broken: list[str] = []
+        self._objects: dict[str, File] | None = None
+        problem = ""
+        if self.root.startswith(_S3):
+            listing = open_store(self.root).list()
+            self._objects = {entry.key: File(f"{self.root}/{entry.key}", listed=entry.size) for entry in listing}
+            problem = "" if self._objects else "not found"
+        else:
+            with _telling(folder := Path(self.root)):
+                if not folder.is_dir():
+                    problem = "it is no folder" if folder.exists() else "not found"
+        if problem:
+            raise TesseraError(f"{self.root}: {problem} (expected the folder of a data set)")
 
     def file(self, name: str) -> File | None:
         """The file of this name relative to the root; what lies on disk comes before what lies in zips."""
-        path = self.root / name
+        if self._objects is not None:
+            return self._objects.get(name)
+        path = Path(self.root, name)
         with _telling(path):
             return File(str(path)) if path.is_file() else self._members().get(name)
 
     def missing(self, name: str, *others: str, expected: str) -> TesseraError:
-        """The error for names of which none is on disk or in a zip; tells of zips that could not be looked into."""
+        """The error for names of which none is there; tells of zips that were not, or could not be, looked into."""
         nor = f", nor {' nor '.join(others)}" if others else ""
-        broken = "".join(f"; {error}" for error in self._broken)
-        return TesseraError(f"{self.root / name}: not found{nor} (expected {expected} under {self.root}){broken}")
+        zips = [key for key in self._objects or () if key.endswith(".zip")]
+        packed = [f"{', '.join(zips[:3])} must be unpacked, zips are read from disks only"] if zips else []
+        told = "".join(f"; {text}" for text in (*self._broken, *packed))
+        return TesseraError(f"{self.root}/{name}: not found{nor} (expected {expected} under {self.root}){told}")
 
     def folder(self, name: str) -> "Folder | None":
-        """A folder: on disk, inside a zip at the root, or as `<name>.zip` in its place."""
-        path = self.root / name
-        with _telling(path):
-            if path.is_dir():
-                found = path.rglob("*")
-                return Folder(str(path), {p.relative_to(path).as_posix(): File(str(p)) for p in found if p.is_file()})
+        """A folder: on disk or the store, inside a zip at the root, or as `<name>.zip` in its place."""
+        path = f"{self.root}/{name}"
+        if self._objects is not None:
+            inside = _below(name, self._objects)
+            return Folder(path, inside) if inside else None
+        with _telling(there := Path(path)):
+            if there.is_dir():
+                found = there.rglob("*")
+                files = {p.relative_to(there).as_posix(): File(str(p)) for p in found if p.is_file()}
+                return Folder(str(there), files)
+        return self._zipped_folder(name)
+
+    def _zipped_folder(self, name: str) -> "Folder | None":
         inside = _below(name, self._members())
         if inside:
-            return Folder(str(path), inside)
+            return Folder(str(Path(self.root, name)), inside)
         archive = self.file(f"{name}.zip")
         if archive is None:
             return None
         members = {member.inside.removeprefix(f"{archive.inside}/"): member for member in list_zip(archive)}
-        return Folder(str(archive), _below(path.name, members) or members)
+        return Folder(str(archive), _below(Path(name).name, members) or members)
 
     def _members(self) -> dict[str, File]:
         """What the zips at the root hold, by name."""
         if self._zipped is None:
             self._zipped = {}
-            for path in sorted(self.root.glob("*.zip"), reverse=True):  # of two of one name the first archive's wins
+            zips = sorted(Path(self.root).glob("*.zip"), reverse=True)  # of two of one name the first archive's wins
+            for path in zips:
                 try:
                     self._zipped |= {member.inside: member for member in list_zip(File(str(path)))}
                 except TesseraError as error:  # perhaps one that nobody needs, half downloaded
-                    self._broken.append(error)
+                    self._broken.append(str(error))
         return self._zipped
 
 
@@ -156,7 +208,8 @@ class Folder:
 
     def file(self, name: str) -> File:
         """The file of this name; where there is none, one that cannot be read and says so."""
-        return self.files.get(name) or File(f"{self.path}/{name}")
+        found = self.files.get(name) or self.files.get(PurePosixPath(name).as_posix())  # a//b is a/b, as on a disk
+        return found or File(f"{self.path}/{name}")
 
 
 @contextmanager
@@ -165,6 +218,11 @@ def _telling(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TesseraError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise OSError(f"{size} bytes are too many for one file, at most {MAX_BYTES} are read")
 
 
 def _below(name: str, files: dict[str, File]) -> dict[str, File]:

@@ -204,7 +204,7 @@ def read_index(root: str | Path, split: str) -> Index:
     name = f"annotations/instances_{split}.json"
     file = tree.file(name)
     if file is None:
-        raise TesseraError(f"{tree.root / name}: not found (expected {_LAYOUT} under {tree.root})")
+        raise tree.missing(name, expected=_LAYOUT)
     semantics = find_folder(tree, [f"annotations/semantic_{split}"], _LAYOUT)
     images = find_folder(tree, [split], _LAYOUT)
     content = _read_json(file)

@@ -14,7 +14,7 @@ LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
     "ade20k-full": ade20k.read_full_index,
     "instances": instances.read_index,
 }
-"""Name -> how a split of a folder is indexed; each function's docstring says what it expects to find."""
+"""Name -> how a split of a folder (or of a URL of a store) is indexed; the docstrings say what it expects to find."""
 
 
 def known(layout: str) -> str:
@@ -25,5 +25,8 @@ def known(layout: str) -> str:
 
 
 def read_index(root: str | Path, split: str, layout: str = "coco") -> Index:
-    """Index one split of the data set at `root`. TesseraError for an unknown layout and as the layout raises it."""
+    """Index one split of the data set at `root`, a folder or s3://bucket/prefix.
+
+    TesseraError for an unknown layout and as the layout raises it.
+    """
     return LAYOUTS[known(layout)](root, split)

@@ -78,7 +78,7 @@ def write_set(folder: Path, config: SyntheticConfig) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{target.name}.part-") as making:
         root = Path(making) / "set"
         for offset, (split, count) in enumerate((("train2017", config.train), ("val2017", config.val))):
-            _write_split(root, split, count, offset * 1_000_000, config)
+            write_split(root, split, count, offset * 1_000_000, config)
         try:
             root.rename(target)
         except OSError:  # another process was first, with the same content
@@ -87,7 +87,8 @@ def write_set(folder: Path, config: SyntheticConfig) -> Path:
     return target
 
 
-def _write_split(root: Path, split: str, count: int, first_id: int, config: SyntheticConfig) -> None:
+def write_split(root: Path, split: str, count: int, first_id: int, config: SyntheticConfig) -> None:
+    """Write a split of `count` images with the ids from first_id + 1 on; of a config its size and seed are used."""
     images, masks = root / split, root / "annotations" / f"panoptic_{split}"
     images.mkdir(parents=True, exist_ok=True)
     masks.mkdir(parents=True, exist_ok=True)

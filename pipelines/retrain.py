@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from evaluation import rounds
-from evaluation.champion import Champion
+from evaluation.champion import Champion, history
 from evaluation.checkup import ValCheck
 from evaluation.evaluate import evaluation_path
 from evaluation.ray_evaluate import evaluate
@@ -43,8 +43,10 @@ def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
     """
     job = absolute(job)
     with flow_logs():
-        line = check_job(job)
         waiting = look(job)
+        if not waiting and not history(open_store(job.storage)):
+            return Completed(name="NothingNew", message="nothing new: no upload, and no champion yet")
+        line = check_job(job)
         if not waiting and (why := idle(job, line)):
             return Completed(name="NothingNew", message=why)
         check_recipe(job, line)

@@ -64,7 +64,7 @@ class Line:
 
 
 def read_line(store: Store) -> Line:
-    """The line of today's champion. TesseraError if there is no champion, or something that it names is gone."""
+    """The line of today's champion. TesseraError if there is none, or something that it names is gone."""
     champion = current(store)
     root = _manifest(store, champion.root)
     run = _manifest(store, root["run"])

@@ -53,8 +53,8 @@ class Decision:
 
     upload: str
     version: str
-    state: Literal["accepted", "known", "quarantined"]
-    """known: all of its images were in the train set before."""
+    state: Literal["accepted", "known", "quarantined", "withdrawn"]
+    """known: all of its images were in the train set before. withdrawn: accepted once, and taken back by hand."""
     shards: str | None
     """Folder of its set of shards, if it was accepted."""
     samples: int
@@ -119,6 +119,17 @@ def decide(store: Store, upload: Upload, page: str | None = None, **facts: Any) 
     if store.create(key, json.dumps(asdict(found), indent=1).encode()):
         return found
     return _read(store.read(key))
+
+
+def withdraw(store: Store, name: str) -> list[Decision]:
+    """Take back all accepted versions of an upload: later rounds train without it. TesseraError if there is none."""
+    found = {t: d for t, d in decisions(store).items() if d.upload == name and d.state == "accepted"}
+    if not found:
+        raise TesseraError(f"{store.url_for(f'{INBOX}/{name}')}: no accepted upload, nothing to withdraw")
+    taken = {title: replace(decision, state="withdrawn") for title, decision in found.items()}
+    for title, decision in taken.items():
+        store.write(f"{DECISIONS}/{title}.json", json.dumps(asdict(decision), indent=1).encode())
+    return [*taken.values()]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for upload in found:
         state = "waits for the next round" if upload.whole else "not whole yet: no _SUCCESS"
-        told = known[upload.title] if upload.title in known else f"{upload.name} {state}"
+        told = known.get(upload.title, f"{upload.name} {state}")
         sys.stdout.write(f"{told} ({upload.objects} objects, {upload.bytes / 1e6:.1f} MB)\n")
     if not found:
         sys.stdout.write(f"{store.url}: the inbox is empty\n")

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     device = vars(named).pop("device")
     begun = False
     try:
-        plan = Predict(**vars(named)).plan()
+        plan = Predict(**vars(named)).resolved().plan()
         labels = load_predictor(plan.work.storage, plan.work.run, plan.work.options, device).labels
         claim(plan.work)
         begun = True

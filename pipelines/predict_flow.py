@@ -28,6 +28,7 @@ def predict(job: Predict) -> dict[str, Any]:
     Returns the URLs and the counts.
     """
     with flow_logs():
+        job = job.resolved()
         check_job(job)
         with ray_cluster.session(job.ray, int(job.gpus)):
             summary = predict_images(job)

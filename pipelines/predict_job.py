@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
+from evaluation.champion import resolve
 from evaluation.predict_plan import Plan, plan_prediction
 from pipelines.jobs import Job
 
@@ -12,7 +13,7 @@ class Predict(Job):
     """Parameters of predict."""
 
     run: str = Field(
-        description="Folder of a finished run: <storage>/train/<hash>, s3://bucket/prefix/train/<hash> (keys: AWS_*)."
+        description="Folder of a finished run, <storage>/train/<hash>, or <storage>/champion: the one in use."
     )
     input: str = Field(description="An image, a folder with all its folders, or s3://bucket/prefix.")
     output: str = Field(description="Where predictions, overlays and problems.json go: a folder or s3://bucket/prefix.")
@@ -28,6 +29,10 @@ class Predict(Job):
     options: dict[str, Any] = Field(
         {}, description='Options of decoding, as pipelines.tune prints them: {"method.decode.min_stuff_area": 0.01}.'
     )
+
+    def resolved(self) -> "Predict":
+        """The same for the run that is champion now, if that is asked for: it may be another one a minute later."""
+        return self.model_copy(update={"run": resolve(self.run)})
 
     def plan(self) -> Plan:
         """See plan_prediction."""

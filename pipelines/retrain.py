@@ -200,5 +200,10 @@ def to_markdown(outcome: Outcome, beaten: Champion, storage: str) -> str:
     for name, pq, run in rows:
         figures = ["-" if pq[group] is None else f"{pq[group]:.2f}" for group in ("all", "things", "stuff")]
         lines.append(f"| {name} | {' | '.join(figures)} | {run} |")
-    uploads_told = ", ".join(outcome.round.uploads)
-    return "\n".join([*lines, "", f"uploads: {uploads_told}", "", f"{storage}/{outcome.page}"])
+    lines += ["", f"trained on the base and {', '.join(outcome.round.uploads)}", "", f"{storage}/{outcome.page}"]
+    if outcome.promoted is None:
+        lines += [
+            "",
+            "The uploads stay accepted: the next challenger learns from them, too, unless they are withdrawn.",
+        ]
+    return "\n".join(lines)

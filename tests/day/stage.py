@@ -1,0 +1,144 @@
+"""What the day stands on: SeaweedFS, a Prefect server with its UI, a Ray head and a worker, all real."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra import processes
+from infra.errors import TesseraError
+from infra.seaweed import S3Server, seaweed
+from infra.store import Store, open_store
+
+ROOT = Path(__file__).parents[2]
+_BIN = Path(sys.executable).parent
+_ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+Run = dict[str, Any]
+"""A flow run as the Prefect API gives it."""
+
+
+@dataclass
+class Stage:
+    """Running parts, and how a user reaches them."""
+
+    folder: Path
+    server: S3Server
+    url: str
+    """Of the Prefect server, without /api."""
+    environ: dict[str, str]
+    """Of the worker and of every command."""
+    say: Callable[[str], None]
+
+    @property
+    def store(self) -> Store:
+        """What TESSERA_STORAGE names."""
+        return open_store(self.environ["TESSERA_STORAGE"])
+
+    def command(self, *arguments: str, ok: bool = True) -> str:
+        """Run `prefect ...` or `python -m ...` as a user would; its output. TesseraError if it fails."""
+        program = str(_BIN / arguments[0])
+        done = subprocess.run([program, *arguments[1:]], cwd=ROOT, env=self.environ, capture_output=True, text=True)
+        if ok and done.returncode:
+            raise TesseraError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout + done.stderr
+
+    def start(self, deployment: str, job: dict[str, Any] | None = None) -> str:
+        """`prefect deployment run`; the id of the flow run."""
+        parameters = [] if job is None else ["--param", f"job={json.dumps(job)}"]
+        output = self.command("prefect", "deployment", "run", deployment, *parameters)
+        found = re.search(r"UUID: ([0-9a-f-]{36})", output)
+        if found is None:
+            raise TesseraError(f"no flow run in {output!r}")
+        return found[1]
+
+    def run(self, run_id: str) -> Run:
+        """One flow run as it is now."""
+        return httpx.get(f"{self.url}/api/flow_runs/{run_id}", timeout=60).raise_for_status().json()
+
+    def runs(self) -> list[Run]:
+        """All flow runs, in the order in which they were made."""
+        asked = {"sort": "EXPECTED_START_TIME_ASC", "limit": 200}
+        found = httpx.post(f"{self.url}/api/flow_runs/filter", json=asked, timeout=60).raise_for_status().json()
+        return [run for run in found if run["state_type"] != "SCHEDULED" or run["state_name"] != "Scheduled"]
+
+    def wait(self, run_id: str, seconds: float = 900) -> Run:
+        """The flow run when it has ended."""
+        self.until(lambda: self.run(run_id)["state_type"] in _ENDED, seconds, f"the end of flow run {run_id}")
+        return self.run(run_id)
+
+    def until(self, happened: Callable[[], Any], seconds: float, what: str) -> None:
+        """Wait for it. TesseraError if it takes longer."""
+        end = time.monotonic() + seconds
+        while not happened():
+            if time.monotonic() > end:
+                raise TesseraError(f"after {seconds:.0f} s still waiting for {what}")
+            time.sleep(0.5)
+
+    def flow(self, name: str, code: str, storage: str | None = None) -> subprocess.Popen[bytes]:
+        """A flow in a process of its own, beside the worker's; its output goes to `<folder>/<name>.log`."""
+        environ = self.environ | ({} if storage is None else {"TESSERA_STORAGE": storage})
+        return processes.start([sys.executable, "-c", code], environ, ROOT, self.folder / f"{name}.log")
+
+
+@contextmanager
+def stage(folder: Path, say: Callable[[str], None], worker_limit: int = 4) -> Iterator[Stage]:
+    """Start all parts; on the way out they are gone. From the main thread only (processes.start)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        server = stack.enter_context(seaweed(folder / "objects", "day"))
+        port, ray_port = processes.free_ports(2)
+        url = f"http://127.0.0.1:{port}"
+        mine = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PREFECT_", "RAY_"))}
+        environ = mine | server.environ() | _settings(folder, url, ray_port)
+        os.environ |= server.environ()  # for our own look at the store
+        parts = Stage(folder, server, url, environ, say)
+        prefect = [str(_BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        head = [str(_BIN / "ray"), "start", "--head", "--block", f"--port={ray_port}", "--num-cpus=2"]
+        head += ["--include-dashboard=false", f"--object-store-memory={200 << 20}", f"--temp-dir={folder / 'ray'}"]
+        worker = [str(_BIN / "prefect"), "worker", "start", "--pool", "tessera", "--type", "process"]
+        worker += ["--limit", str(worker_limit)]
+        _start(stack, prefect, environ, folder / "server.log")
+        _start(stack, head, environ, folder / "ray.log")
+        parts.until(lambda: _healthy(url), 180, "the Prefect server")
+        _start(stack, worker, environ, folder / "worker.log")
+        parts.until(lambda: "tessera" in parts.command("prefect", "work-pool", "ls"), 120, "the worker")
+        parts.command("prefect", "deploy", "--all")
+        yield parts
+
+
+def _settings(folder: Path, url: str, ray_port: int) -> dict[str, str]:
+    return {
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_UI_STATIC_DIRECTORY": str(folder / "ui"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "DO_NOT_TRACK": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TESSERA_STORAGE": "s3://day/tessera",
+        "TESSERA_RAY": f"127.0.0.1:{ray_port}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _start(stack: ExitStack, command: list[str], environ: dict[str, str], log: Path) -> None:
+    process = processes.start(command, environ, ROOT, log)
+    stack.callback(processes.stop, process)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/api/health", timeout=5).is_success
+    except httpx.HTTPError:
+        return False

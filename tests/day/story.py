@@ -58,7 +58,7 @@ def _good(stage: Stage, tell: Chronicle) -> None:
         folder = data.arrival(stage.folder / "monday", 10_000, 1200)
         before, head = {run["id"] for run in stage.runs()}, _head(stage)
         told = stage.command("python", "-m", "pipelines.upload", str(folder))
-        tell.note(f"pipelines.upload: {told.splitlines()[-1]}")
+        tell.note(f"pipelines.upload: {next(line for line in told.splitlines() if line.endswith('samples'))}")
         stage.until(lambda: [r for r in stage.runs() if r["id"] not in before], 120, "the event's flow run")
         stage.until(lambda: [*stage.store.list("uploads/")], 300, "the decision on the upload")
         second = stage.start("retrain/retrain")

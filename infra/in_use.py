@@ -13,9 +13,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from infra.errors import TesseraError
+from infra.errors import NoSuchObject, TesseraError
 from infra.store import Store
 
 FOLDER = "running"
@@ -48,8 +48,11 @@ def sweeping(store: Store) -> Iterator[tuple[str, ...]]:
 
 def used(store: Store) -> tuple[str, ...]:
     """The prefixes that work in progress has said it needs."""
-    found = (json.loads(store.read(key))["prefixes"] for key in _alive(store) if store.exists(key))
-    return tuple(sorted({prefix for prefixes in found for prefix in prefixes}))
+    found = set[str]()
+    for key in _alive(store):
+        with suppress(NoSuchObject):  # it has ended since
+            found.update(json.loads(store.read(key))["prefixes"])
+    return tuple(sorted(found))
 
 
 def dead(store: Store) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from evaluation.champion import give, go_back, history
 from infra.errors import TesseraError
+from infra.in_use import in_use
 from infra.store import open_store
 from pipelines.jobs import StoredJob
 
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         store = open_store(asked.storage or StoredJob().storage)
         if asked.set is not None:
-            give(store, asked.set)
+            with in_use(store, "evaluate/"):
+                give(store, asked.set)
         if asked.back is not None:
             go_back(store, asked.back or None)
         entries = history(store)

@@ -161,15 +161,24 @@ def train_challenger(job: Retrain, line: Line, begun: Round) -> TrainedRun:
     train_set, upkeep = read_set(store, begun.train_set), recipe.upkeep
     assert train_set is not None  # begin_round wrote it
     check = None if upkeep.check_epochs is None else ValCheck(store.url, line.val_set.path, upkeep.check_images)
-    with in_use(store, f"{recipe.run_path(train_set.path, begun.init)}/"):
+    with in_use(store, f"{recipe.run_path(train_set.path, begun.init)}/", f"{begun.path}/"):
         return run_training(recipe, train_set, store.url, job.crew, init=begun.init, check=check, watch=TrainProgress())
 
 
 @step
 def settle_round(job: Retrain, line: Line, begun: Round, run: TrainedRun) -> Outcome:
     """Evaluate both on the same images, promote or refuse; the comparison is an artifact of the flow run."""
-    store = open_store(job.storage)
-    challenger = evaluate_on(job, line, line.tuned(job), run)
+    store, recipe = open_store(job.storage), line.tuned(job)
+    reports = f"{evaluation_path(recipe, run.path, line.val_set.path)}/", f"{line.champion.evaluation}/"
+    with in_use(store, f"{begun.path}/", *reports):
+        outcome, beaten = _settled(job, line, begun, run)
+    log.info("%s: %s", "refused" if outcome.promoted is None else "promoted", outcome.verdict)
+    create_markdown_artifact(to_markdown(outcome, beaten, store.url), key="retrain", description="What came of it")
+    return outcome
+
+
+def _settled(job: Retrain, line: Line, begun: Round, run: TrainedRun) -> tuple[Outcome, Champion]:
+    store, challenger = open_store(job.storage), evaluate_on(job, line, line.tuned(job), run)
 
     def evaluated(champion: Champion) -> str:
         found = read_run(store.url, champion.run)
@@ -178,10 +187,7 @@ def settle_round(job: Retrain, line: Line, begun: Round, run: TrainedRun) -> Out
         return evaluate_on(job, line, decoded(store, champion), found)
 
     verdict, beaten, promoted = rounds.settle(store, begun, challenger, job.margin, evaluated, flow_run.id)
-    outcome = rounds.finish(store, begun, verdict, evaluated(beaten), challenger, promoted)
-    log.info("%s: %s", "promoted" if promoted else "refused", verdict)
-    create_markdown_artifact(to_markdown(outcome, beaten, store.url), key="retrain", description="What came of it")
-    return outcome
+    return rounds.finish(store, begun, verdict, evaluated(beaten), challenger, promoted), beaten
 
 
 def evaluate_on(job: Retrain, line: Line, recipe: Recipe, run: TrainedRun) -> str:

@@ -33,7 +33,7 @@ def curves(rows: Sequence[Row]) -> str:
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: Any) -> None:
@@ -103,10 +103,10 @@ def sizes(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         axes.grid(alpha=0.3)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

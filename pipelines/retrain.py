@@ -53,7 +53,7 @@ def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
         with ray_cluster.session(job.ray, **job.needs):
             found = take_in_uploads(job, line, waiting)
             if why := idle(job, line):
-                return Completed(name="NothingNew", message="; ".join([why, *map(str, found)]))
+                return Completed(name="NothingNew", message="; ".join([why, *(brief(job, d) for d in found)]))
             begun = begin_round(job, line)
             run = train_challenger(job, line, begun)
             outcome = settle_round(job, line, begun, run)
@@ -113,6 +113,12 @@ def take_in_uploads(job: Retrain, line: Line, waiting: list[Upload]) -> list[Dec
         lines = [f"- {decision}: {store.url_for(str(decision.report))}" for decision in aside]
         create_markdown_artifact("\n".join(lines), key="quarantine", description="What was set aside, and why")
     return found
+
+
+def brief(job: Retrain, decision: Decision) -> str:
+    """What became of an upload, and where to read on."""
+    report = "" if decision.report is None else f", see {open_store(job.storage).url_for(decision.report)}"
+    return f"upload {decision.upload} {decision.state}{report}"
 
 
 def accepted(store: Store) -> list[Decision]:

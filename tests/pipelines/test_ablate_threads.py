@@ -1,0 +1,108 @@
+"""Work side by side: no more at once than asked for, named in the log, ended with the flow."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipelines.ablate_threads import Interrupted, named, named_lines, side_by_side
+
+VALUE: ContextVar[str] = ContextVar("VALUE", default="")
+
+
+@pytest.mark.parametrize("most", [1, 3, 20])
+def test_as_many_work_at_once_as_asked_for_and_results_keep_their_order(most: int):
+    lock, now, seen = threading.Lock(), [0], [0]
+
+    def work(number: int) -> int:
+        with lock:
+            now[0] += 1
+            seen[0] = max(seen[0], now[0])
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+        return number
+
+    assert side_by_side([partial(work, i) for i in range(12)], most) == [*range(12)]
+    assert seen[0] <= most
+
+
+def test_a_work_sees_the_callers_context_and_leaves_its_own():
+    VALUE.set("caller's")
+
+    def work() -> str:
+        found = VALUE.get()
+        VALUE.set("work's")
+        return found
+
+    assert side_by_side([work] * 4, 2) == ["caller's"] * 4
+    assert VALUE.get() == "caller's"
+
+
+def test_the_first_exception_ends_what_runs_and_what_waits():
+    ended: list[str] = []
+
+    def waits() -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        except Interrupted:
+            ended.append("interrupted")
+            raise
+
+    def fails() -> None:
+        time.sleep(0.2)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match=r"^mine$"):
+        side_by_side([fails, waits, waits, waits], 2)
+    assert ended in (["interrupted"], ["interrupted"] * 2)  # the third may have begun where the first had been
+
+
+SCRIPT = """
+import signal, sys, time
+from pipelines.ablate_threads import side_by_side
+def end(*_): raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, end)
+def work():
+    try:
+        sys.stdout.write("begun\\n"); sys.stdout.flush()
+        while True: time.sleep(0.01)
+    finally: sys.stdout.write("cleaned up\\n"); sys.stdout.flush()
+try: side_by_side([work] * 3, 2)
+except KeyboardInterrupt: print("cancelled")
+"""
+
+
+def test_a_signal_ends_the_threads_and_each_cleans_up():
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    started = subprocess.Popen([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True)
+    assert [started.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate(timeout=60)
+    assert said.splitlines() == ["cleaned up", "cleaned up", "cancelled"]
+
+
+def test_lines_of_ours_carry_the_name_of_the_work(caplog: pytest.LogCaptureFixture):
+    ours, other = logging.getLogger("tessera.x"), logging.getLogger("other")
+
+    def work(name: str) -> None:
+        with named(name):
+            ours.warning("%d %% of %s", 3, "it")
+            other.warning("as it is")
+        ours.warning("outside")
+
+    with named_lines():
+        side_by_side([partial(work, "one"), partial(work, "two")], 1)
+    with named("after"):
+        ours.warning("plain")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["[one] 3 % of it", "as it is", "outside", "[two] 3 % of it", "as it is", "outside", "plain"]

@@ -1,0 +1,81 @@
+"""Grids by name: the options that a paper's table compares, or that we do; `pipelines.ablate` runs them.
+
+A row says only what it changes, so a grid goes with any recipe of its method; the paper's figures are those of its Base
+model at 420 x 420 after 200 epochs, on COCO val2017.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import TesseraError
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One line of an ablation's table."""
+
+    title: str
+    options: Mapping[str, Any]
+    """What it changes, as Recipe.changed takes it."""
+    published: float | None = None
+    """PQ that the paper states for it."""
+
+
+def paper_table_2() -> tuple[GridRow, ...]:
+    """G, table 2: Edge Distance Sampling and void pixels in the instance task.
+
+    Published PQ: neither 44.91, void kept 46.74, EDS 46.04, both 48.61. EDS is at the recipe's D, or off (D = 0).
+    """
+    without = {"method.eds_distance": 0}
+    return (
+        GridRow("no EDS, void left out", without | {"method.void_kept": False}, 44.91),
+        GridRow("no EDS, void kept", without | {"method.void_kept": True}, 46.74),
+        GridRow("EDS, void left out", {"method.void_kept": False}, 46.04),
+        GridRow("EDS, void kept", {"method.void_kept": True}, 48.61),
+    )
+
+
+def paper_table_3() -> tuple[GridRow, ...]:
+    """G, table 3: what the instance head says of a centroid.
+
+    Published PQ: direct 41.61; 80 + 80 classes 39.87; positional embedding of L = 2, 3, 4, 5: 46.58, 47.38, 48.28,
+    48.12.
+    """
+    plain = {"method.relative": False, "method.half_period": False}
+    classes = plain | {"method.encoding": "classes", "method.cells": 80, "method.squared": False}
+    embeddings = {2: 46.58, 3: 47.38, 4: 48.28, 5: 48.12}
+    return (
+        GridRow("direct centroid", plain | {"method.encoding": "direct"}, 41.61),
+        GridRow("80 + 80 classes", classes, 39.87),
+        *(
+            GridRow(f"embedding, L = {length}", {"method.encoding": "embedding", "method.frequencies": length}, pq)
+            for length, pq in embeddings.items()
+        ),
+    )
+
+
+def ours() -> tuple[GridRow, ...]:
+    """What we added to the embedding: half a period as base, and a head relative to the pixel; each off and on.
+
+    No paper has these figures.
+    """
+    return tuple(
+        GridRow(title, {"method.half_period": half, "method.relative": relative})
+        for title, half, relative in (
+            ("neither", False, False),
+            ("half period", True, False),
+            ("relative head", False, True),
+            ("both", True, True),
+        )
+    )
+
+
+GRIDS: dict[str, Callable[[], tuple[GridRow, ...]]] = {g.__name__: g for g in (paper_table_2, paper_table_3, ours)}
+
+
+def grid(name: str) -> tuple[GridRow, ...]:
+    """The rows of the grid of that name; TesseraError listing what there is instead if there is none."""
+    if name not in GRIDS:
+        raise TesseraError(f"unknown grid {name!r}; there are {', '.join(GRIDS)}")
+    return GRIDS[name]()

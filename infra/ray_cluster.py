@@ -4,12 +4,16 @@ import logging
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
 import ray
+from ray._private import ray_constants
+from ray._private.runtime_env.setup_hook import _encode_function_key
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from infra.errors import TesseraError
 
@@ -26,7 +30,9 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
 }
-_PASSED_ON = ("AWS_", "NUMBA_", "RAY_TRAIN_", "HF_", "TESSERA_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_")
+_PASSED_ON = ("NUMBA_", "RAY_TRAIN_", "TESSERA_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_")
+_SECRET = ("AWS_", "HF_")  # some are, and which ones is for boto3 and the hub to say
+_WITHDRAW_SECONDS = 5.0
 
 
 @contextmanager
@@ -54,6 +60,7 @@ def session(address: str = LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None
             signal.signal(signal.SIGTERM, handler)
         yield
     finally:
+        _withdraw_hook()
         ray.shutdown()
 
 
@@ -64,14 +71,43 @@ def _connect(address: str) -> None:
         options |= {"_node_ip_address": "127.0.0.1"}
     else:
         # workers of a remote cluster inherit the environment of their raylet, not ours
-        passed = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
-        options |= {"runtime_env": {"env_vars": passed}}
+        hook = _hook(_environment(_SECRET))
+        options |= {"runtime_env": {"env_vars": _environment(_PASSED_ON), "worker_process_setup_hook": hook}}
     try:
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise TesseraError(
             f"Ray at {address!r} does not answer ({error}); start it, or check RAY_AUTH_MODE and the token"
         ) from error
+
+
+def _environment(prefixes: tuple[str, ...]) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
+def _hook(variables: dict[str, str]) -> Callable[[], None]:
+    """What every worker process of this session calls first, also a restarted one on a new node.
+
+    env_vars stand in Ray's logs, on its dashboard and on command lines; of a hook only the name of its pickle does.
+    The pickle is in the memory of the cluster's head.
+    """
+
+    def set_environment(_session: str = uuid.uuid4().hex) -> None:  # equal pickles would be one to two sessions
+        os.environ.update(variables)
+
+    return set_environment
+
+
+def _withdraw_hook() -> None:
+    """Have the cluster's head forget the hook; Ray itself keeps it until the cluster ends."""
+    if not ray.is_initialized():
+        return
+    variables = ray.get_runtime_context().runtime_env.get("env_vars", {})
+    name = variables.get(ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    if name is not None:
+        with suppress(ray.exceptions.RayError):  # a head that is gone has forgotten it
+            table = ray_constants.KV_NAMESPACE_FUNCTION_TABLE
+            internal_kv_get_gcs_client().internal_kv_del(_encode_function_key(name), False, table, _WITHDRAW_SECONDS)
 
 
 def map_tasks(

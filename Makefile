@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo lint test slow gpu bench chaos clean
+.PHONY: install demo lint test slow gpu bench chaos day clean
 
 install: $(READY)
 
@@ -41,6 +41,10 @@ bench: $(READY)
 # Training with its workers, driver, node and store killed: a quarter of an hour; a picture in .tessera/chaos.
 chaos: $(READY)
 	@$(BIN)/python -m tests.chaos
+
+# A day of operations on a real Prefect server, worker, Ray and SeaweedFS: half an hour; pictures in .tessera/day.
+day: $(READY)
+	@$(BIN)/python -m tests.day
 
 clean:
 	rm -rf .tessera .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,7 +6,7 @@ from pathlib import Path
 from preprocessing.synthetic import SyntheticConfig, write_split
 
 SPLIT = "train2017"
-_EXCHANGED = {1: 3, 3: 1, 92: 200, 200: 92}  # disk and box, sky and water
+_EXCHANGED = {1: 3, 3: 4, 4: 18, 18: 1, 92: 117, 117: 200, 200: 92}  # of the synthetic things, and of the stuff
 
 
 def base(folder: Path, train: int, val: int, size: int = 64) -> Path:

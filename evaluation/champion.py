@@ -37,6 +37,11 @@ class Champion:
     """Id of the flow run that promoted it."""
     time: str
 
+    @property
+    def line(self) -> str:
+        """Name of its line: all entries that began with the same evaluation."""
+        return self.root.rpartition("/")[2]
+
     def __str__(self) -> str:
         pq = "none" if (value := self.pq["all"]) is None else f"{value:.2f}"
         return f"{self.number:3d}  {self.time}  PQ {pq}  {self.run}  {self.how}"
@@ -96,7 +101,7 @@ def give(store: Store, evaluation: str) -> Champion:
 def go_back(store: Store, number: int | None = None) -> Champion:
     """Make the run of an earlier entry the champion again; without a number, the last one of another run."""
     before = history(store)
-    now = current(store)
+    now = before[-1] if before else current(store)
     other = [e for e in before if (e.run != now.run if number is None else e.number == number)]
     if not other:
         wanted = "of another run" if number is None else f"number {number}"

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evaluation.champion import Champion, Verdict, current, history, judge, promote
+from evaluation.champion import Champion, Verdict, history, judge, promote
 from evaluation.compare import compare, read_evaluation, to_html
 from infra import artifacts
+from infra.errors import TesseraError
 from infra.store import Store
 
 SCHEMA_VERSION = 1
@@ -26,11 +27,15 @@ class Round:
 
     path: str
     """Its folder."""
+    root: str
+    """Folder of the evaluation that the line began with."""
     train_set: str
     champion: int
     """Number of the champion at its beginning."""
     init: str
     """Folder of the run whose weights the challenger starts with: that champion's."""
+    run: str
+    """The challenger's folder."""
     uploads: tuple[str, ...]
     """Titles of the accepted uploads, by then."""
 
@@ -40,9 +45,8 @@ class Outcome:
     """What came of a round."""
 
     round: Round
-    run: str
-    """The challenger's folder."""
     evaluation: str
+    """Folder of the challenger's evaluation."""
     pq: dict[str, float | None]
     """The challenger's, by group, percent."""
     verdict: Verdict
@@ -77,13 +81,17 @@ def settle(
     """Promote the challenger if it beats the champion of this moment. Gives the verdict, with whom, and the new entry.
 
     challenger: folder of its evaluation. evaluated: gives a champion's. What an earlier attempt or a run beside this
-    one has done already stands, even if the champion was rolled back since.
+    one has done already stands, even if the champion was rolled back since. TesseraError if another line has begun.
     """
-    run = (artifacts.read_manifest(store, challenger) or {})["run"]
     while True:
         entries = history(store)
-        won = next((e for e in entries if e.run == run and e.number > begun.champion), None)
-        against = current(store) if won is None else entries[won.number - 2]
+        won = next((e for e in entries if e.run == begun.run and e.number > begun.champion), None)
+        against = entries[-1] if won is None else entries[won.number - 2]
+        if against.root != begun.root:
+            raise TesseraError(
+                f"{store.url}: champion {against.number} begins another line; what was trained for the one before is "
+                f"left as it is, {begun.run}"
+            )
         verdict = judge(store, against, evaluated(against), challenger, margin)
         if won is not None or not verdict.better:
             return verdict, against, won
@@ -103,7 +111,7 @@ def finish(
     manifest = artifacts.read_manifest(store, challenger)
     assert manifest is not None  # it was compared
     number = None if promoted is None else promoted.number
-    outcome = Outcome(begun, manifest["run"], challenger, manifest["pq"], verdict, number, page)
-    content = asdict(outcome) | {"runs": [manifest["run"]], "evaluations": [beaten, challenger]}
+    outcome = Outcome(begun, challenger, manifest["pq"], verdict, number, page)
+    content = asdict(outcome) | {"runs": [begun.run], "evaluations": [beaten, challenger]}
     artifacts.write_manifest(store, begun.path, content)
     return outcome

@@ -15,6 +15,8 @@ from infra.in_use import in_use
 from infra.store import open_store
 from pipelines.jobs import StoredJob
 
+_BEFORE = -1  # no number of an entry
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("storage", nargs="?", help="root of the storage (TESSERA_STORAGE)")
     change = parser.add_mutually_exclusive_group()
     change.add_argument("--set", metavar="EVALUATION", help="<storage>/evaluate/<hash>")
-    change.add_argument("--back", metavar="NUMBER", nargs="?", type=int, const=0, help="roll back")
+    change.add_argument("--back", metavar="NUMBER", nargs="?", type=int, const=_BEFORE, help="roll back")
     asked = parser.parse_args(arguments)
     try:
         store = open_store(asked.storage or StoredJob().storage)
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with in_use(store, "evaluate/"):
                 give(store, asked.set)
         if asked.back is not None:
-            go_back(store, asked.back or None)
+            go_back(store, None if asked.back == _BEFORE else asked.back)
         entries = history(store)
     except TesseraError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -18,8 +18,8 @@ class Evaluate(Job):
     """Parameters of evaluate."""
 
     run: str = Field(
-        description="Folder of a finished run, <storage>/train/<hash>, or <storage>/champion: the one in use. The results "
-        "go to the same storage."
+        description="Folder of a finished run, <storage>/train/<hash>, or <storage>/champion: the one in use. "
+        "The results go to the same storage."
     )
     data: str = Field(description="Folder of the data set, which every Ray worker can read, or s3://bucket/prefix.")
     layout: Annotated[str, AfterValidator(layouts.known)] = Field(

@@ -1,4 +1,5 @@
-"""`python -m pipelines.inbox [STORAGE]`: what lies in the inbox, and what became of each upload.
+"""`python -m pipelines.inbox [STORAGE]`: what lies in the inbox, and what the champion's line made of
+each upload.
 
 --withdraw UPLOAD takes an accepted one back: from the next round on it is not trained on. Its files stay.
 """
@@ -7,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from evaluation.champion import current, history
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.jobs import StoredJob
@@ -22,8 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         store = open_store(asked.storage or StoredJob().storage)
         if asked.withdraw is not None:
-            withdraw(store, asked.withdraw)
-        found, known = uploads(store), decisions(store)
+            withdraw(store, current(store).line, asked.withdraw)
+        entries = history(store)
+        found, known = uploads(store), decisions(store, entries[-1].line) if entries else {}
     except TesseraError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

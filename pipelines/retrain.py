@@ -43,10 +43,10 @@ def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
     """
     job = absolute(job)
     with flow_logs():
-        waiting = look(job)
-        if not waiting and not history(open_store(job.storage)):
+        if not uploads(open_store(job.storage)) and not history(open_store(job.storage)):
             return Completed(name="NothingNew", message="nothing new: no upload, and no champion yet")
         line = check_job(job)
+        waiting = look(job, line)
         if not waiting and (why := idle(job, line)):
             return Completed(name="NothingNew", message=why)
         check_recipe(job, line)
@@ -58,7 +58,7 @@ def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
             run = train_challenger(job, line, begun)
             outcome = settle_round(job, line, begun, run)
     name = "Refused" if outcome.promoted is None else "Promoted"
-    return Completed(name=name, message=str(outcome.verdict), data={"page": outcome.page, "run": outcome.run})
+    return Completed(name=name, message=str(outcome.verdict), data={"page": outcome.page, "run": begun.run})
 
 
 @step
@@ -72,10 +72,10 @@ def check_job(job: Retrain) -> Line:
 
 
 @step
-def look(job: Retrain) -> list[Upload]:
+def look(job: Retrain, line: Line) -> list[Upload]:
     """The uploads that are whole and not decided on."""
     store = open_store(job.storage)
-    known, found = decisions(store), uploads(store)
+    known, found = decisions(store, line.champion.line), uploads(store)
     waiting = [upload for upload in found if upload.whole and upload.title not in known]
     unfinished = [upload.name for upload in found if not upload.whole]
     log.info("inbox: %d uploads, %d of them new", len(found), len(waiting))
@@ -99,19 +99,26 @@ def take_in_uploads(job: Retrain, line: Line, waiting: list[Upload]) -> list[Dec
     """Shards of each upload, or its quarantine, one after the other: each knows the images of those before."""
     store, data, found = open_store(job.storage), all_data(job, line), list[Decision]()
     val_ids = frozenset(i for shard in line.val_set.shards for i in shard.image_ids)
-    known = decisions(store)  # of an attempt before
+    known = decisions(store, line.champion.line)  # of an attempt before
     for upload in (upload for upload in waiting if upload.title not in known):
         log.info("upload %s: %d objects, %.1f MB", upload.name, upload.objects, upload.bytes / 1e6)
         with in_use(store, f"{shards.FOLDER}/"):
-            decision = take_in(store, upload, job.layout, job.split, data, val_ids, job.bad_share)
-        made = None if decision.shards is None else read_set(store, decision.shards)
-        data = data if made is None else join(data, [made])
-        tell = log.info if decision.report is None else log.warning
+            decision = take_in(store, line.champion.line, upload, job.layout, job.split, data, val_ids, job.bad_share)
+        data = data if decision.shards is None else join(data, [there(store, decision.shards)])
+        tell = log.info if decision.report is None and not decision.known else log.warning
         tell("upload %s", decision)
         found.append(decision)
     if aside := [decision for decision in found if decision.report is not None]:
         lines = [f"- {decision}: {store.url_for(str(decision.report))}" for decision in aside]
         create_markdown_artifact("\n".join(lines), key="quarantine", description="What was set aside, and why")
+    return found
+
+
+def there(store: Store, path: str) -> ShardSet:
+    """A set that something refers to. TesseraError if it is gone."""
+    found = read_set(store, path)
+    if found is None:
+        raise TesseraError(f"{store.url_for(path)}: an accepted upload, or a round, refers to this set, and it is gone")
     return found
 
 
@@ -121,41 +128,44 @@ def brief(job: Retrain, decision: Decision) -> str:
     return f"upload {decision.upload} {decision.state}{report}"
 
 
-def accepted(store: Store) -> list[Decision]:
-    """What was accepted so far, in the order of its sets."""
-    found = (decision for decision in decisions(store).values() if decision.state == "accepted")
+def accepted(store: Store, line: Line) -> list[Decision]:
+    """What the line has accepted so far, in the order of its sets."""
+    found = (decision for decision in decisions(store, line.champion.line).values() if decision.state == "accepted")
     return sorted(found, key=lambda decision: str(decision.shards))
 
 
 def all_data(job: Retrain, line: Line) -> ShardSet:
     """The line's base with all accepted uploads."""
     store = open_store(job.storage)
-    sets = (read_set(store, str(decision.shards)) for decision in accepted(store))
-    return join(line.base, [found for found in sets if found is not None])
+    return join(line.base, [there(store, str(decision.shards)) for decision in accepted(store, line)])
 
 
 def idle(job: Retrain, line: Line) -> str:
     """Why there is nothing to do; empty if there is."""
     store, train_set = open_store(job.storage), all_data(job, line).path
     if train_set == line.base.path:
-        return "nothing new: no upload was accepted since the champion's line began"
-    if (artifacts.read_manifest(store, line.champion.run) or {}).get("train_set") == train_set:
-        return f"nothing new: champion {line.champion.number} was trained on all that was accepted"
+        return "nothing new: of the inbox nothing is accepted for the champion's line"
     path = rounds.round_path(job.settings, line.champion.root, train_set)
     if artifacts.read_manifest(store, path) is not None:
         return f"nothing new: all that was accepted has been tried with these settings, {store.url_for(path)}"
+    trained = (artifacts.read_manifest(store, line.champion.run) or {}).get("train_set")
+    if trained == train_set and not store.exists(f"{path}/plan.json"):  # or a round was killed after its promotion
+        return f"nothing new: champion {line.champion.number} was trained on all that was accepted"
     return ""
 
 
 @step
 def begin_round(job: Retrain, line: Line) -> Round:
     """Write the joined set, and from which weights the challenger starts."""
-    store, train_set = open_store(job.storage), all_data(job, line)
-    taken = accepted(store)
-    titles = tuple(f"{decision.upload}-{decision.version}" for decision in taken)
+    store, train_set, recipe = open_store(job.storage), all_data(job, line), line.tuned(job)
+    job.crew.told(recipe.plan(train_set), recipe.train.micro_batch)  # of more shards than the base has
+    taken, champion = accepted(store, line), line.champion
     shards.write_set(store, train_set, [line.base.path, *(str(decision.shards) for decision in taken)])
-    path = rounds.round_path(job.settings, line.champion.root, train_set.path)
-    begun = rounds.begin(store, Round(path, train_set.path, line.champion.number, line.champion.run, titles))
+    path = rounds.round_path(job.settings, champion.root, train_set.path)
+    run = recipe.run_path(train_set.path, champion.run)
+    titles = tuple(f"{decision.upload}-{decision.version}" for decision in taken)
+    planned = Round(path, champion.root, train_set.path, champion.number, champion.run, run, titles)
+    begun = rounds.begin(store, planned)
     log.info("round %s: %d samples, %d uploads, from champion %d", path, train_set.samples, len(titles), begun.champion)
     return begun
 
@@ -164,10 +174,9 @@ def begin_round(job: Retrain, line: Line) -> Round:
 def train_challenger(job: Retrain, line: Line, begun: Round) -> TrainedRun:
     """Fine-tuned weights; how far it is shows as a progress artifact of the flow run."""
     store, recipe = open_store(job.storage), line.tuned(job)
-    train_set, upkeep = read_set(store, begun.train_set), recipe.upkeep
-    assert train_set is not None  # begin_round wrote it
+    train_set, upkeep = there(store, begun.train_set), recipe.upkeep
     check = None if upkeep.check_epochs is None else ValCheck(store.url, line.val_set.path, upkeep.check_images)
-    with in_use(store, f"{recipe.run_path(train_set.path, begun.init)}/", f"{begun.path}/"):
+    with in_use(store, f"{begun.run}/", f"{begun.path}/"):
         return run_training(recipe, train_set, store.url, job.crew, init=begun.init, check=check, watch=TrainProgress())
 
 
@@ -207,7 +216,7 @@ def evaluate_on(job: Retrain, line: Line, recipe: Recipe, run: TrainedRun) -> st
 def to_markdown(outcome: Outcome, beaten: Champion, storage: str) -> str:
     """The verdict and the two runs."""
     what = "refused" if outcome.promoted is None else f"promoted, champion {outcome.promoted}"
-    rows = ((f"champion {beaten.number}", beaten.pq, beaten.run), ("challenger", outcome.pq, outcome.run))
+    rows = ((f"champion {beaten.number}", beaten.pq, beaten.run), ("challenger", outcome.pq, outcome.round.run))
     lines = [f"### {what}: {outcome.verdict}", "", "| | PQ | things | stuff | run |", "|---|---:|---:|---:|---|"]
     for name, pq, run in rows:
         figures = ["-" if pq[group] is None else f"{pq[group]:.2f}" for group in ("all", "things", "stuff")]

@@ -68,14 +68,18 @@ def read_line(store: Store) -> Line:
     champion = current(store)
     root = _manifest(store, champion.root)
     run = _manifest(store, root["run"])
-    recipe = Recipe.from_json(run["recipe"]).changed({"method.decode": root["decode"]})
-    return Line(champion, recipe, _set(store, run["train_set"]), _set(store, root["val_set"]))
+    return Line(champion, _recipe(run, root), _set(store, run["train_set"]), _set(store, root["val_set"]))
 
 
 def decoded(store: Store, champion: Champion) -> Recipe:
     """Recipe of a champion's run with the decoding of its evaluation."""
-    evaluation = _manifest(store, champion.evaluation)
-    return Recipe.from_json(_manifest(store, champion.run)["recipe"]).changed({"method.decode": evaluation["decode"]})
+    return _recipe(_manifest(store, champion.run), _manifest(store, champion.evaluation))
+
+
+def _recipe(run: dict[str, Any], evaluation: dict[str, Any]) -> Recipe:
+    """A run's, with an evaluation's decoding as it was written: 6 for 6.0 would be another evaluation."""
+    method = run["recipe"]["method"] | {"decode": evaluation["decode"]}
+    return Recipe.from_json(run["recipe"] | {"method": method})
 
 
 def _manifest(store: Store, path: str) -> dict[str, Any]:

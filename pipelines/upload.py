@@ -9,10 +9,12 @@ import logging
 import os
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from pipelines.jobs import StoredJob
@@ -20,22 +22,22 @@ from preprocessing.inbox import INBOX, WHOLE
 from preprocessing.layouts import LAYOUTS, read_index
 
 EVENT = "tessera.upload"
+CLAIM = ".files"  # whose upload it is, in its folder
 log = logging.getLogger("tessera.upload")
 
 
 def upload(folder: Path, store: Store, name: str) -> int:
     """Copy all files below a folder into the inbox, those that are not there yet; `_SUCCESS` last. Gives their number.
 
-    TesseraError for a name that is none, or that is taken, and for zips: on a store nothing looks into them.
+    Links are followed. TesseraError for a name that is none, or that other files have, and for zips: on a store nothing
+    looks into them.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise TesseraError(f"{name!r} is no name for an upload: letters, digits, dots and dashes; give one with --name")
-    place = f"{INBOX}/{name}"
-    if store.exists(f"{place}/{WHOLE}"):
-        raise TesseraError(f"{store.url_for(place)}: taken by an earlier upload; choose another --name")
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    place, files = f"{INBOX}/{name}", _files(folder)
     if zips := [key for key in files if key.endswith(".zip")]:
         raise TesseraError(f"{folder / zips[0]}: unpack it first; zips are read from disks only")
+    _claim(store, place, files)
     sizes = {entry.key.removeprefix(f"{place}/"): entry.size for entry in store.list(f"{place}/")}
     left = [(key, path) for key, path in files.items() if sizes.get(key) != path.stat().st_size]
     with ThreadPoolExecutor(8) as pool:
@@ -44,8 +46,26 @@ def upload(folder: Path, store: Store, name: str) -> int:
         ):
             if number % 100 == 99:
                 log.info("%d of %d files", number + 1, len(left))
-    store.write(f"{place}/{WHOLE}", b"")
+    if not store.create(f"{place}/{WHOLE}", b""):
+        raise TesseraError(f"{store.url_for(place)}: taken by an earlier upload; choose another --name")
     return len(files)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """By key below the upload. An own `_SUCCESS` is left out: it would call half an upload whole."""
+    found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    keys = ((path.relative_to(folder).as_posix(), path) for path in found if path.is_file())
+    return {key: path for key, path in sorted(keys) if key not in (WHOLE, CLAIM)}
+
+
+def _claim(store: Store, place: str, files: dict[str, Path]) -> None:
+    """Take the name for just these files, so that only the same upload goes on where it was killed."""
+    with ThreadPoolExecutor(8) as pool:
+        sums = [*pool.map(lambda path: zlib.crc32(path.read_bytes()), files.values())]
+    claim = artifacts.digest([*zip(files, sums, strict=True)]).encode()
+    mine = store.create(f"{place}/{CLAIM}", claim) or store.read(f"{place}/{CLAIM}") == claim
+    if not mine or store.exists(f"{place}/{WHOLE}"):
+        raise TesseraError(f"{store.url_for(place)}: taken by another upload; choose another --name")
 
 
 def tell(store: Store, name: str) -> None:

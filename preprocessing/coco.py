@@ -24,6 +24,7 @@ from preprocessing.source import (
     Index,
     Record,
     Rejected,
+    TooManyBad,
     read_file,
     stable_id,
     without_repeats,
@@ -151,7 +152,8 @@ def read_index(root: str | Path, split: str) -> Index:
     records, repeated = without_repeats(records)
     rejected += repeated + list(_without_annotation(content["annotations"], images_by_id, images))
     if not records and content["annotations"]:
-        raise TesseraError(f"{annotation_file}: no usable sample ({'; '.join(map(str, rejected[:5]))})")
+        text = f"{annotation_file}: no usable sample ({'; '.join(map(str, rejected[:5]))})"
+        raise TooManyBad(text, tuple(rejected))
     if not records:
         raise TesseraError(f"{annotation_file}: the data set is empty, no image has an annotation")
     return Index(labels, tuple(records), tuple(rejected), tuple(_unused(content["annotations"], masks)))

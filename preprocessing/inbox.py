@@ -1,12 +1,15 @@
 """The inbox: data sets put under `inbox/<upload>/` of the store, and what became of each.
 
-An upload is a folder in any layout. `_SUCCESS` in it, written last, says that it is whole: until then it is left
-alone. What became of it is `uploads/<upload>-<version>.json`, created once; its objects stay where they are, and
-change nothing once they are decided on. When an upload is mended and its `_SUCCESS` written again, it is another
-version and looked at anew.
+An upload is a folder in any layout. `_SUCCESS` in it, written last, says that it is whole: until then, or when anything
+is younger than it, it is left alone. What became of it is `uploads/<line>/<upload>-<version>.json`, created once; its
+objects stay where they are, and change nothing once they are decided on. When an upload is mended and its `_SUCCESS`
+written again, it is another version and looked at anew. A line of champions decides for itself: it has its own
+categories, grid and val images.
 """
 
 import json
+import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +25,7 @@ from preprocessing.validate import Findings, examine_index, to_html
 
 INBOX, DECISIONS, QUARANTINE = "inbox", "uploads", "quarantine"
 WHOLE = "_SUCCESS"
+log = logging.getLogger("tessera.inbox")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Upload:
 
     @property
     def title(self) -> str:
-        """What its decision and its report are called."""
-        return f"{self.name}-{self.version}"
+        """What its decision and its report are called: its name, where that can be a file's anywhere."""
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
+        return f"{self.name if plain else artifacts.digest(self.name)}-{self.version}"
 
 
 @dataclass(frozen=True)
@@ -76,28 +81,30 @@ class Decision:
 
 
 def uploads(store: Store) -> tuple[Upload, ...]:
-    """All that lies in the inbox, by name. TesseraError for an object that is in no upload's folder."""
+    """All that lies in the inbox, by name; objects that are in no upload's folder are told in the log."""
     folders: dict[str, list[Entry]] = {}
     for entry in store.list(f"{INBOX}/"):
         name, inside, _ = entry.key.removeprefix(f"{INBOX}/").partition("/")
         if not inside:
-            raise TesseraError(f"{store.url_for(entry.key)}: expected {INBOX}/<upload>/..., a folder for each upload")
+            log.warning("%s/%s: expected %s/<upload>/..., a folder for each upload", store.url, entry.key, INBOX)
+            continue
         folders.setdefault(name, []).append(entry)
     return tuple(_upload(name, entries) for name, entries in sorted(folders.items()))
 
 
 def _upload(name: str, entries: Sequence[Entry]) -> Upload:
     facts = [(entry.key, entry.size, entry.modified.isoformat()) for entry in entries]
-    whole = any(entry.key == f"{INBOX}/{name}/{WHOLE}" for entry in entries)
+    newest = max(entry.modified for entry in entries)
+    whole = any(entry.key == f"{INBOX}/{name}/{WHOLE}" and entry.modified >= newest for entry in entries)
     return Upload(name, artifacts.digest(facts), len(entries), sum(entry.size for entry in entries), whole)
 
 
-def decisions(store: Store) -> dict[str, Decision]:
-    """By Upload.title, all that were made."""
-    keys = [entry.key for entry in store.list(f"{DECISIONS}/")]
+def decisions(store: Store, line: str) -> dict[str, Decision]:
+    """By Upload.title, all that a line has made."""
+    keys = [entry.key for entry in store.list(f"{DECISIONS}/{line}/")]
     with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the store
         return {
-            key.split("/")[1].removesuffix(".json"): _read(text)
+            key.split("/")[2].removesuffix(".json"): _read(text)
             for key, text in zip(keys, pool.map(store.read, keys), strict=True)
         }
 
@@ -107,28 +114,28 @@ def _read(text: bytes) -> Decision:
     return Decision(**content | {"rejected": tuple(Rejected(**row) for row in content["rejected"])})
 
 
-def decide(store: Store, upload: Upload, page: str | None = None, **facts: Any) -> Decision:
+def decide(store: Store, line: str, upload: Upload, page: str | None = None, **facts: Any) -> Decision:
     """Write what became of an upload, its report first; of racing writers the first one's stays and is returned."""
     found = Decision(
         upload.name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), report=None, **facts
     )
     if page is not None:
-        found = replace(found, report=f"{QUARANTINE}/{upload.title}/report.html")
-        store.write(f"{QUARANTINE}/{upload.title}/report.html", page.encode(errors="backslashreplace"))
-    key = f"{DECISIONS}/{upload.title}.json"
+        found = replace(found, report=f"{QUARANTINE}/{line}/{upload.title}/report.html")
+        store.write(f"{QUARANTINE}/{line}/{upload.title}/report.html", page.encode(errors="backslashreplace"))
+    key = f"{DECISIONS}/{line}/{upload.title}.json"
     if store.create(key, json.dumps(asdict(found), indent=1).encode()):
         return found
     return _read(store.read(key))
 
 
-def withdraw(store: Store, name: str) -> list[Decision]:
+def withdraw(store: Store, line: str, name: str) -> list[Decision]:
     """Take back all accepted versions of an upload: later rounds train without it. TesseraError if there is none."""
-    found = {t: d for t, d in decisions(store).items() if d.upload == name and d.state == "accepted"}
+    found = {t: d for t, d in decisions(store, line).items() if d.upload == name and d.state == "accepted"}
     if not found:
-        raise TesseraError(f"{store.url_for(f'{INBOX}/{name}')}: no accepted upload, nothing to withdraw")
+        raise TesseraError(f"{store.url}/{INBOX}/{name}: no accepted upload, nothing to withdraw")
     taken = {title: replace(decision, state="withdrawn") for title, decision in found.items()}
     for title, decision in taken.items():
-        store.write(f"{DECISIONS}/{title}.json", json.dumps(asdict(decision), indent=1).encode())
+        store.write(f"{DECISIONS}/{line}/{title}.json", json.dumps(asdict(decision), indent=1).encode())
     return [*taken.values()]
 
 
@@ -160,7 +167,7 @@ def page(url: str, index: Index | None, rejected: Sequence[Rejected], reason: st
     """validate's page of the samples that were set aside. index: None where there is none."""
     reasons = [] if reason is None else [reason]
     if index is None:
-        return to_html(url, {}, reasons)
+        return to_html(url, {}, [*reasons, *map(str, rejected)])
     bad = {r.image_id for r in rejected}
     aside = replace(index, records=tuple(r for r in index.records if r.image_id in bad), unused=())
     found: dict[str, tuple[LabelTable, Findings]] = {

@@ -7,12 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from infra.errors import TesseraError
 from preprocessing.files import File, Folder, Tree
 from preprocessing.kernels import relabel
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
-from preprocessing.source import Defect, Index, Record, Rejected, read_file, without_repeats
+from preprocessing.source import Defect, Index, Record, Rejected, TooManyBad, read_file, without_repeats
 
 GRAY8 = frozenset({"L"})
 GRAY = frozenset({"L", "I", "I;16"})
@@ -39,7 +38,7 @@ def make_index(labels: LabelTable, found: Iterable[Record], rejected: Iterable[R
     all_rejected = (*rejected, *repeated)
     if not records:
         why = "; ".join(map(str, all_rejected[:5])) or "the data set is empty"
-        raise TesseraError(f"{where}: no usable sample ({why})")
+        raise TooManyBad(f"{where}: no usable sample ({why})", all_rejected)
     return Index(labels, tuple(records), all_rejected)
 
 

@@ -7,14 +7,15 @@ from infra.store import Store
 from preprocessing.inbox import Decision, Upload, decide, page, sift
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
-from preprocessing.shards import ShardSet, TooManyBad
-from preprocessing.source import Index
+from preprocessing.shards import ShardSet
+from preprocessing.source import Index, TooManyBad
 
 log = logging.getLogger("tessera.inbox")
 
 
 def take_in(
     store: Store,
+    line: str,
     upload: Upload,
     layout: str,
     split: str,
@@ -26,7 +27,7 @@ def take_in(
 
     Bad samples are set aside with a report; more than `bad_share` of them, other categories, or nothing that can be
     read put the whole upload in quarantine. Needs a Ray connection. StoreError if the store fails: that is no fault
-    of the upload, which is looked at again.
+    of the upload, which is looked at again. line: of the champion, for which it is decided.
     """
     url = f"{store.url}/{upload.folder}"
     index: Index | None = None
@@ -36,19 +37,22 @@ def take_in(
         index = sifted.index
         if not index.records and not index.rejected:
             return decide(
-                store, upload, state="known", shards=None, samples=0, known=sifted.known, rejected=(), reason=None
+                store, line, upload, state="known", shards=None, samples=0, known=sifted.known, rejected=(), reason=None
             )
-        made = precompute(upload.name, index, train_set.config, store.url, bad_share)
+        fresh = len(index.records) + len(index.rejected)
+        share = min(1.0, bad_share * (fresh + sifted.known) / fresh)  # what is known counts as good
+        made = precompute(upload.name, index, train_set.config, store.url, share)
     except StoreError:
         raise
     except TesseraError as error:
         rejected = error.rejected if isinstance(error, TooManyBad) else index.rejected if index else ()
         text = page(f"{url}: in quarantine", index, rejected, str(error))
         facts = {"shards": None, "samples": 0, "known": 0, "rejected": rejected, "reason": str(error)}
-        return decide(store, upload, text, state="quarantined", **facts)
+        return decide(store, line, upload, text, state="quarantined", **facts)
     aside = f"{url}: {len(made.rejected)} of {len(made.rejected) + made.samples} samples set aside"
     return decide(
         store,
+        line,
         upload,
         page(aside, index, made.rejected, None) if made.rejected else None,
         state="accepted",

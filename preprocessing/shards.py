@@ -7,6 +7,7 @@ share shards, a rerun computes nothing and images added to a data set cost only 
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,21 +23,11 @@ from preprocessing.geometry import Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import LabelTable
 from preprocessing.sample import SCHEMA_VERSION, make_sample, to_fields
-from preprocessing.source import BadSample, Index, Record, Rejected
+from preprocessing.source import BadSample, Index, Record, Rejected, TooManyBad
 
 FOLDER = "precompute"
 _EARLIER = 8
-
-
-class TooManyBad(TesseraError):
-    """More samples of a set had to be set aside than it may lose."""
-
-    def __init__(self, text: str, rejected: tuple[Rejected, ...]) -> None:
-        super().__init__(text, rejected)
-        self.rejected = rejected
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+log = logging.getLogger("tessera.precompute")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +245,9 @@ def join(first: ShardSet, others: Sequence[ShardSet]) -> ShardSet:
         if (other.labels, other.config) != (first.labels, first.config):
             raise TesseraError(f"{other.path}: its categories or settings are other ones than those of {first.path}")
         fresh = [shard for shard in other.shards if held.isdisjoint(shard.image_ids)]
+        if len(fresh) < len(other.shards):
+            lost = sum(len(shard.image_ids) for shard in other.shards) - sum(len(shard.image_ids) for shard in fresh)
+            log.warning("%s: %d samples are left out, in shards with images that are there already", other.path, lost)
         shards += fresh
         held |= {i for shard in fresh for i in shard.image_ids}
     if len(shards) == len(first.shards):

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from infra.errors import TesseraError
 from preprocessing.files import File
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
@@ -46,6 +47,17 @@ class Rejected:
     def __str__(self) -> str:
         named = "" if self.image_id is None else f"image {self.image_id}, "
         return f"{named}{self.file}: {self.reason}"
+
+
+class TooManyBad(TesseraError):
+    """More samples of a set had to be set aside than it may lose, or all."""
+
+    def __init__(self, text: str, rejected: tuple[Rejected, ...]) -> None:
+        super().__init__(text, rejected)
+        self.rejected = rejected
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)

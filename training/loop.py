@@ -89,7 +89,8 @@ def train(
         trainer.restore(state)
     watcher.says(trainer.dry_run())
     radius, start = math.ceil(recipe.method.distance_radius), trainer.step
-    stream = BatchStream(shards, store_url, recipe.reader, config.batch, place.rank, place.world, start, radius=radius)
+    where = place.rank, place.world, start
+    stream = BatchStream(shards, store_url, recipe.reader, config.batch, *where, seed=config.seed, radius=radius)
     batches, due = load_batches(stream), _Due(recipe, shards.samples)
     while trainer.step < steps:
         trainer.take_step(batches)

@@ -30,7 +30,6 @@ from training.shares import Plan
 class ReaderConfig:
     """How the train shards are read."""
 
-    seed: int = 0
     shuffle: int = 512
     """Samples in the shuffle buffers of a step's streams together."""
     streams: int = 8
@@ -67,9 +66,10 @@ class BatchStream(IterableDataset[Batch]):
         world: int = 1,
         start_step: int = 0,
         *,
+        seed: int = 0,
         radius: int = 0,
     ) -> None:
-        """batch: images of a step over all workers.
+        """batch: images of a step over all workers. seed: of the order of images, of flips and crops.
 
         radius: pixels up to which distances are measured after a crop, 0: none. Without a crop they are the shards'.
         Raises TesseraError where the workers cannot share the batch.
@@ -78,7 +78,7 @@ class BatchStream(IterableDataset[Batch]):
         self.shards = tuple(shard for shard in shards.shards if shard.image_ids)
         if not self.shards:
             raise TesseraError(f"{open_store(store_url).url_for(shards.path)}: no images to train on")
-        self.config, self.start_step, self.radius = config, start_step, radius
+        self.config, self.seed, self.start_step, self.radius = config, seed, start_step, radius
         self.plan = config.plan(batch, len(self.shards))
         self.streams = self.plan.share(rank, world, batch).streams
         self.processes = self.plan.phases if config.workers else 0
@@ -102,11 +102,11 @@ class BatchStream(IterableDataset[Batch]):
             yield collate([example for stream in streams for example in itertools.islice(stream, images)])
 
     def _examples(self, stream: int, streams: int, skip: int) -> Iterator[Example]:
-        of_any_epoch = epoch_part(self.shards, self.config.seed, 0, stream, streams)
+        of_any_epoch = epoch_part(self.shards, self.seed, 0, stream, streams)
         past, skip = divmod(skip, sum(len(where) for _, where in of_any_epoch))
         for epoch in itertools.count(past):
-            part = epoch_part(self.shards, self.config.seed, epoch, stream, streams)
-            for fields in itertools.islice(self._shuffled(part, f"{self.config.seed} {epoch} {stream}"), skip, None):
+            part = epoch_part(self.shards, self.seed, epoch, stream, streams)
+            for fields in itertools.islice(self._shuffled(part, f"{self.seed} {epoch} {stream}"), skip, None):
                 yield self._example(fields, epoch)
             skip = 0
 
@@ -121,7 +121,7 @@ class BatchStream(IterableDataset[Batch]):
 
     def _example(self, fields: dict[str, bytes], epoch: int) -> Example:
         sample = from_fields(fields)
-        rng = np.random.default_rng([self.config.seed, epoch, sample.image_id])
+        rng = np.random.default_rng([self.seed, epoch, sample.image_id])
         example = Example.of(f"{sample.image_id:012d}", sample)
         if rng.random() < 0.5 and self.config.flip:
             example = example.flipped()

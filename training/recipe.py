@@ -55,6 +55,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the network: a minute at the start for faster steps, where benchmarks/train_step.py shows any."""
     seed: int = 0
+    """Of all that is drawn: fresh weights, the order of images, flips and crops, dropout."""
 
     def __post_init__(self) -> None:
         positive = min(self.batch, self.micro_batch) >= 1 and min(self.epochs, self.lr) > 0

@@ -97,7 +97,7 @@ def _play(stage: Stage, tell: Chronicle, kill: Kill, store: Store, undisturbed: 
         [e.run for e in heads] == [e.run for e in wanted], f"champions {[e.number for e in heads]}, the same runs"
     )
     tell.expect([e.pq for e in heads] == [e.pq for e in wanted], f"PQ {heads[-1].pq['all']:.2f}, as undisturbed")
-    states = [decision.state for decision in decisions(store).values()]
+    states = [decision.state for decision in decisions(store, heads[-1].line).values()]
     tell.expect(states == ["accepted"], "the upload was decided on once")
     steps = [row.step for row in read_metrics(store, heads[-1].run)]
     tell.expect(steps == [*range(1, len(steps) + 1)], f"every one of {len(steps)} steps is in the table once")

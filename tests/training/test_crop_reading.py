@@ -38,8 +38,10 @@ def own_sizes(tmp_path_factory: pytest.TempPathFactory, shard_store: Store) -> S
     return replace(made[0], shards=tuple(shard for shards in made for shard in shards.shards))
 
 
-def batches(shards: ShardSet, store: Store, config: ReaderConfig, radius: int = 0, start: int = 0) -> Iterator[Batch]:
-    return iter(BatchStream(shards, store.url, config, 3, start_step=start, radius=radius))
+def batches(
+    shards: ShardSet, store: Store, config: ReaderConfig, radius: int = 0, start: int = 0, seed: int = 0
+) -> Iterator[Batch]:
+    return iter(BatchStream(shards, store.url, config, 3, start_step=start, radius=radius, seed=seed))
 
 
 def by_key(stream: Iterator[Batch], count: int) -> list[tuple[str, torch.Tensor]]:
@@ -75,9 +77,9 @@ def test_a_crop_is_the_same_in_any_order_of_reading(own_sizes: ShardSet, shard_s
 
 def test_epochs_and_seeds_crop_each_image_anew(own_sizes: ShardSet, shard_store: Store):
     seen_by_key: dict[str, list[torch.Tensor]] = {}
+    config = replace(READER, flip=False, streams=1)  # 13 batches are three epochs, of each image
     for seed in (0, 1):
-        config = replace(READER, seed=seed, flip=False, streams=1)  # 13 batches are three epochs, of each image
-        for key, image in by_key(batches(own_sizes, shard_store, config), 13):
+        for key, image in by_key(batches(own_sizes, shard_store, config, seed=seed), 13):
             seen_by_key.setdefault(key, []).append(image)
     for images in seen_by_key.values():
         distinct = {image.numpy().tobytes() for image in images}

@@ -53,9 +53,11 @@ def keys(batches: Iterator[Batch], count: int) -> list[int]:
     return [int(key) for batch in islice(batches, count) for key in batch.keys]
 
 
-def epochs(shards: ShardSet, store: Store, count: int, config: ReaderConfig = PLAIN) -> list[list[int]]:
+def epochs(
+    shards: ShardSet, store: Store, count: int, config: ReaderConfig = PLAIN, seed: int = 0
+) -> list[list[int]]:
     """The images of whole epochs of a single stream, in order."""
-    found = keys(iter(BatchStream(shards, store.url, config, 1)), count * shards.samples)
+    found = keys(iter(BatchStream(shards, store.url, config, 1, seed=seed)), count * shards.samples)
     return [found[i : i + shards.samples] for i in range(0, len(found), shards.samples)]
 
 
@@ -225,7 +227,7 @@ def test_a_buffer_mixes_images_of_several_shards(five: ShardSet, shard_store: St
 
 
 def test_a_seed_gives_one_order_and_another_seed_another(five: ShardSet, shard_store: Store):
-    same, again, other = (epochs(five, shard_store, 2, replace(PLAIN, seed=seed)) for seed in (1, 1, 2))
+    same, again, other = (epochs(five, shard_store, 2, seed=seed) for seed in (1, 1, 2))
     assert same == again
     assert same != other
 
@@ -235,7 +237,7 @@ def test_seeds_epochs_and_streams_mix_a_shards_images_differently(shard_store: S
     shards = make_set(index.records[:24], 12)
     first, orders = {shard.image_ids: min(shard.image_ids) for shard in shards.shards}, set()
     for seed in (1, 2):
-        stream = BatchStream(shards, shard_store.url, replace(PLAIN, seed=seed, shuffle=64), 2)
+        stream = BatchStream(shards, shard_store.url, replace(PLAIN, shuffle=64), 2, seed=seed)
         for found in by_stream(iter(stream), stream, 24):
             for epoch in (found[:12], found[12:]):
                 orders.add(tuple(key - first[tuple(sorted(epoch))] for key in epoch))

@@ -159,7 +159,8 @@ def _head(stage: Stage) -> Champion:
 
 
 def _decision(stage: Stage, upload: str) -> Decision:
-    return next(decision for decision in decisions(stage.store, _head(stage).line).values() if decision.upload == upload)
+    found = decisions(stage.store, _head(stage).line).values()
+    return next(decision for decision in found if decision.upload == upload)
 
 
 def _state_line(log: Path) -> str:

@@ -46,7 +46,8 @@ class Rejected:
 
     def __str__(self) -> str:
         named = "" if self.image_id is None else f"image {self.image_id}, "
-        return f"{named}{self.file}: {self.reason}"
+        told = self.reason if self.reason.startswith(self.file) else f"{self.file}: {self.reason}"
+        return f"{named}{told}"
 
 
 class TooManyBad(TesseraError):

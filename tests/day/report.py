@@ -47,7 +47,7 @@ def _timeline(path: Path, tell: Chronicle, stage: Stage) -> None:
     """Chapters as bands, the flow runs that the server knows of as bars."""
     begin = tell.chapters[0].begin
     runs = [run for run in stage.runs() if run["start_time"] and run["end_time"]]
-    figure, axes = plt.subplots(figsize=(12, 1.2 + 0.28 * len(runs)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 2.6 + 0.28 * len(runs)), layout="constrained")
     for number, chapter in enumerate(tell.chapters):
         span = (chapter.begin - begin) / 60, (chapter.end - begin) / 60
         axes.axvspan(*span, color="#eef2f5" if number % 2 else "#ffffff", zorder=0)
@@ -57,9 +57,11 @@ def _timeline(path: Path, tell: Chronicle, stage: Stage) -> None:
         color = _COLORS.get(run["state_name"], "#57606a")
         axes.barh(row, max(end - start, 0.03), left=start, color=color, height=0.7, zorder=2)
         axes.text(end, row, f" {run['name']}: {run['state_name']}", va="center", fontsize=8)
-    axes.set(ylim=(len(runs), -1.6), yticks=[], xlabel="minutes since the first chapter began")
+    until = (tell.chapters[-1].end - begin) / 60
+    axes.set(xlim=(0, 1.15 * until), ylim=(len(runs), -1.6), yticks=[], xlabel="minutes since the first chapter began")
     axes.set_title("Flow runs of the day, by chapter", loc="left", fontsize=11)
-    axes.margins(x=0.12)
+    names = [f"{number}  {chapter.title}" for number, chapter in enumerate(tell.chapters, start=1)]
+    axes.text(0, -0.22, "\n".join(names), transform=axes.transAxes, va="top", fontsize=8.5, color="#5b6670")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -75,7 +77,6 @@ def _screenshots(folder: Path, stage: Stage) -> None:
     pages = {"ui_runs.png": "/runs", "ui_deployments.png": "/deployments"}
     if runs:
         pages["ui_promoted.png"] = f"/runs/flow-run/{runs[0]['id']}"
-        pages["ui_promoted_artifacts.png"] = f"/runs/flow-run/{runs[0]['id']}?tab=Artifacts"
     with sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
@@ -83,4 +84,8 @@ def _screenshots(folder: Path, stage: Stage) -> None:
             page.goto(f"{stage.url}{path}")
             page.wait_for_timeout(1000 * _SECONDS)
             page.screenshot(path=folder / name)
+        if runs:  # the last page is its
+            page.get_by_text("Artifacts", exact=True).click()
+            page.wait_for_timeout(1000 * _SECONDS)
+            page.screenshot(path=folder / "ui_artifacts.png")
         browser.close()

@@ -75,6 +75,19 @@ class Stage:
         self.until(lambda: self.run(run_id)["state_type"] in _ENDED, seconds, f"the end of flow run {run_id}")
         return self.run(run_id)
 
+    @contextmanager
+    def scheduled(self, deployment: str, seconds: int) -> Iterator[None]:
+        """`prefect deployment schedule create`; on the way out it is gone, and those of prefect.yaml stay."""
+        self.command("prefect", "deployment", "schedule", "create", deployment, "--interval", str(seconds))
+        try:
+            yield
+        finally:
+            found = httpx.get(f"{self.url}/api/deployments/name/{deployment}", timeout=60).raise_for_status().json()
+            for schedule in found["schedules"]:
+                if "interval" in schedule["schedule"]:
+                    url = f"{self.url}/api/deployments/{found['id']}/schedules/{schedule['id']}"
+                    httpx.delete(url, timeout=60).raise_for_status()
+
     def until(self, happened: Callable[[], Any], seconds: float, what: str) -> None:
         """Wait for it. TesseraError if it takes longer."""
         end = time.monotonic() + seconds

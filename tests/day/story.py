@@ -42,11 +42,8 @@ def _morning(stage: Stage, tell: Chronicle) -> None:
 def _nothing(stage: Stage, tell: Chronicle) -> None:
     with tell.chapter("nothing arrived: a scheduled run"):
         before = {run["id"] for run in stage.runs()}
-        stage.command("prefect", "deployment", "schedule", "create", "retrain/retrain", "--interval", "60")
-        try:
+        with stage.scheduled("retrain/retrain", 60):
             found = _next_run(stage, before)
-        finally:
-            stage.command("prefect", "deployment", "schedule", "clear", "retrain/retrain", "--accept-yes")
         tell.expect(found["auto_scheduled"], f"the schedule made run {found['name']}")
         _ended(tell, found, "NothingNew")
         for run in stage.runs():  # what the schedule had made in advance

@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     for upload in found:
-        state = "waits for the next round" if upload.whole else "not whole yet: no _SUCCESS"
+        state = (
+            "waits for the next round" if upload.whole else "not whole yet: no _SUCCESS, or it is older than the rest"
+        )
         told = known.get(upload.title, f"{upload.name} {state}")
         sys.stdout.write(f"{told} ({upload.objects} objects, {upload.bytes / 1e6:.1f} MB)\n")
     if not found:

@@ -80,7 +80,10 @@ def look(job: Retrain, line: Line) -> list[Upload]:
     unfinished = [upload.name for upload in found if not upload.whole]
     log.info("inbox: %d uploads, %d of them new", len(found), len(waiting))
     if unfinished:
-        log.info("left alone, since they are not whole yet (no _SUCCESS): %s", ", ".join(unfinished))
+        log.info(
+            "left alone, since they are not whole yet (no _SUCCESS, or it is older than the rest): %s",
+            ", ".join(unfinished),
+        )
     return waiting
 
 

@@ -116,6 +116,7 @@ def stage(folder: Path, say: Callable[[str], None], worker_limit: int = 4) -> It
         parts = Stage(folder, server, url, environ, say)
         prefect = [str(_BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         head = [str(_BIN / "ray"), "start", "--head", "--block", f"--port={ray_port}", "--num-cpus=2"]
+        head += ["--min-worker-port=0", "--max-worker-port=0"]  # Ray's own choice holds ports that are free
         head += ["--include-dashboard=false", f"--object-store-memory={200 << 20}", f"--temp-dir={folder / 'ray'}"]
         worker = [str(_BIN / "prefect"), "worker", "start", "--pool", "tessera", "--type", "process"]
         worker += ["--limit", str(worker_limit)]

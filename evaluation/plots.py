@@ -107,6 +107,7 @@ def sizes(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def svg(figure: Figure) -> str:
+    """The figure as an element to be put into a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -65,7 +65,7 @@ _FIELDS = {
     "champions": ("run", "evaluation", "root"),
     "names": ("run",),
 }
-_PLAN_FIELDS = ("train_set", "init")
+_PLAN_FIELDS = ("train_set", "init", "run")
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _reason(unit: str, done: bool, states: bool, held: Sequence[str]) -> str | N
             written = not states and any(_overlap("train/", prefix) for prefix in held)
             return None if done or written else "unfinished, and no name refers to it"
         case "retrain":
-            # Which run a round trains its plan does not say: any work in progress may be of it.
+            # Between its steps a round says nothing: any work in progress may be of it.
             return None if done or held else "given up without a verdict"
         case _:
             return "left by a check of the store that was killed"

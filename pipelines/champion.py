@@ -15,7 +15,7 @@ from infra.in_use import in_use
 from infra.store import open_store
 from pipelines.jobs import StoredJob
 
-_BEFORE = -1  # no number of an entry
+_BEFORE = ()  # no number; and no text, which argparse would read as one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -166,7 +166,7 @@ def begin_round(job: Retrain, line: Line) -> Round:
     shards.write_set(store, train_set, [line.base.path, *(str(decision.shards) for decision in taken)])
     path = rounds.round_path(job.settings, champion.root, train_set.path)
     run = recipe.run_path(train_set.path, champion.run)
-    titles = tuple(f"{decision.upload}-{decision.version}" for decision in taken)
+    titles = tuple(decision.title for decision in taken)
     planned = Round(path, champion.root, train_set.path, champion.number, champion.run, run, titles)
     begun = rounds.begin(store, planned)
     log.info("round %s: %d samples, %d uploads, from champion %d", path, train_set.samples, len(titles), begun.champion)

@@ -38,12 +38,12 @@ def upload(folder: Path, store: Store, name: str) -> int:
     if zips := [key for key in files if key.endswith(".zip")]:
         raise TesseraError(f"{folder / zips[0]}: unpack it first; zips are read from disks only")
     _claim(store, place, files)
-    sizes = {entry.key.removeprefix(f"{place}/"): entry.size for entry in store.list(f"{place}/")}
-    left = [(key, path) for key, path in files.items() if sizes.get(key) != path.stat().st_size]
+    there = {entry.key.removeprefix(f"{place}/") for entry in store.list(f"{place}/")}
+    left = [(key, path) for key, path in files.items() if key not in there]
     with ThreadPoolExecutor(8) as pool:
-        for number, _ in enumerate(
-            pool.map(lambda item: store.write(f"{place}/{item[0]}", item[1].read_bytes()), left)
-        ):
+        # Not written anew: beside the same upload, by a second command, nothing gets younger than its _SUCCESS.
+        sent = pool.map(lambda item: store.create(f"{place}/{item[0]}", item[1].read_bytes()), left)
+        for number, _ in enumerate(sent):
             if number % 100 == 99:
                 log.info("%d of %d files", number + 1, len(left))
     if not store.create(f"{place}/{WHOLE}", b""):
@@ -53,9 +53,13 @@ def upload(folder: Path, store: Store, name: str) -> int:
 
 def _files(folder: Path) -> dict[str, Path]:
     """By key below the upload. An own `_SUCCESS` is left out: it would call half an upload whole."""
-    found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    keys = ((path.relative_to(folder).as_posix(), path) for path in found if path.is_file())
-    return {key: path for key, path in sorted(keys) if key not in (WHOLE, CLAIM)}
+    found = dict[str, Path]()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = Path(root).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(root, name).resolve())]  # no way round
+        paths = (Path(root, name) for name in names)
+        found |= {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    return {key: found[key] for key in sorted(found) if key not in (WHOLE, CLAIM)}
 
 
 def _claim(store: Store, place: str, files: dict[str, Path]) -> None:

@@ -28,6 +28,12 @@ WHOLE = "_SUCCESS"
 log = logging.getLogger("tessera.inbox")
 
 
+def _title(name: str, version: str) -> str:
+    """The name, where that can be a file's anywhere, and the version."""
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)
+    return f"{name if plain else artifacts.digest(name)}-{version}"
+
+
 @dataclass(frozen=True)
 class Upload:
     """A data set in the inbox."""
@@ -47,9 +53,8 @@ class Upload:
 
     @property
     def title(self) -> str:
-        """What its decision and its report are called: its name, where that can be a file's anywhere."""
-        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
-        return f"{self.name if plain else artifacts.digest(self.name)}-{self.version}"
+        """What its decision and its report are called."""
+        return _title(self.name, self.version)
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,23 @@ class Decision:
     version: str
     state: Literal["accepted", "known", "quarantined", "withdrawn"]
     """known: all of its images were in the train set before. withdrawn: accepted once, and taken back by hand."""
-    shards: str | None
-    """Folder of its set of shards, if it was accepted."""
-    samples: int
-    """Those that were new and good."""
-    known: int
-    """Those that were there before: left out, whatever is annotated now."""
-    rejected: tuple[Rejected, ...]
-    reason: str | None
-    """Why the whole of it is in quarantine."""
-    report: str | None
-    """Key of a page about what was set aside."""
     time: str
+    shards: str | None = None
+    """Folder of its set of shards, if it was accepted."""
+    samples: int = 0
+    """Those that were new and good."""
+    known: int = 0
+    """Those that were there before: left out, whatever is annotated now."""
+    rejected: tuple[Rejected, ...] = ()
+    reason: str | None = None
+    """Why the whole of it is in quarantine."""
+    report: str | None = None
+    """Key of a page about what was set aside."""
+
+    @property
+    def title(self) -> str:
+        """The upload's."""
+        return _title(self.upload, self.version)
 
     def __str__(self) -> str:
         known = f", {self.known} known already" if self.known else ""
@@ -116,9 +126,7 @@ def _read(text: bytes) -> Decision:
 
 def decide(store: Store, line: str, upload: Upload, page: str | None = None, **facts: Any) -> Decision:
     """Write what became of an upload, its report first; of racing writers the first one's stays and is returned."""
-    found = Decision(
-        upload.name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), report=None, **facts
-    )
+    found = Decision(upload.name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), **facts)
     if page is not None:
         found = replace(found, report=f"{QUARANTINE}/{line}/{upload.title}/report.html")
         store.write(f"{QUARANTINE}/{line}/{upload.title}/report.html", page.encode(errors="backslashreplace"))

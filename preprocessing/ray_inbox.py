@@ -1,16 +1,14 @@
 """An upload from the inbox to shards, or to quarantine."""
 
-import logging
+from functools import partial
 
 from infra.errors import StoreError, TesseraError
 from infra.store import Store
-from preprocessing.inbox import Decision, Upload, decide, page, sift
+from preprocessing.inbox import Decision, Sifted, Upload, decide, page, sift
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
-from preprocessing.shards import ShardSet
-from preprocessing.source import Index, TooManyBad
-
-log = logging.getLogger("tessera.inbox")
+from preprocessing.shards import ShardConfig, ShardSet
+from preprocessing.source import Rejected, TooManyBad
 
 
 def take_in(
@@ -29,36 +27,37 @@ def take_in(
     read put the whole upload in quarantine. Needs a Ray connection. StoreError if the store fails: that is no fault
     of the upload, which is looked at again. line: of the champion, for which it is decided.
     """
-    url = f"{store.url}/{upload.folder}"
-    index: Index | None = None
+    url, index, decided = f"{store.url}/{upload.folder}", None, partial(decide, store, line, upload)
     train_ids = frozenset(i for shard in train_set.shards for i in shard.image_ids)
     try:
         sifted = sift(read_index(url, split, layout), train_set.labels, train_ids, val_ids)
         index = sifted.index
-        if not index.records and not index.rejected:
-            return decide(
-                store, line, upload, state="known", shards=None, samples=0, known=sifted.known, rejected=(), reason=None
-            )
-        fresh = len(index.records) + len(index.rejected)
-        share = min(1.0, bad_share * (fresh + sifted.known) / fresh)  # what is known counts as good
-        made = precompute(upload.name, index, train_set.config, store.url, share)
+        made, rejected = _shards_of(store, upload.name, sifted, train_set.config, bad_share)
     except StoreError:
         raise
     except TesseraError as error:
         rejected = error.rejected if isinstance(error, TooManyBad) else index.rejected if index else ()
-        text = page(f"{url}: in quarantine", index, rejected, str(error))
-        facts = {"shards": None, "samples": 0, "known": 0, "rejected": rejected, "reason": str(error)}
-        return decide(store, line, upload, text, state="quarantined", **facts)
-    aside = f"{url}: {len(made.rejected)} of {len(made.rejected) + made.samples} samples set aside"
-    return decide(
-        store,
-        line,
-        upload,
-        page(aside, index, made.rejected, None) if made.rejected else None,
-        state="accepted",
-        shards=made.path,
-        samples=made.samples,
-        known=sifted.known,
-        rejected=made.rejected,
-        reason=None,
-    )
+        told = page(f"{url}: in quarantine", index, rejected, str(error))
+        return decided(told, state="quarantined", rejected=rejected, reason=str(error))
+    text = page(f"{url}: {len(rejected)} samples set aside", index, rejected, None) if rejected else None
+    if made is None:
+        return decided(text, state="known", known=sifted.known, rejected=rejected)
+    facts = {"shards": made.path, "samples": made.samples}
+    return decided(text, state="accepted", known=sifted.known, rejected=rejected, **facts)
+
+
+def _shards_of(
+    store: Store, name: str, sifted: Sifted, config: ShardConfig, bad_share: float
+) -> tuple[ShardSet | None, tuple[Rejected, ...]]:
+    """The set of what is new, None if nothing new is good, and what was set aside. What is known counts as good."""
+    fresh = len(sifted.index.records) + len(sifted.index.rejected)
+    if not fresh:
+        return None, ()
+    allowed = bad_share * (fresh + sifted.known)
+    try:
+        made = precompute(name, sifted.index, config, store.url, min(1.0, allowed / fresh))
+    except TooManyBad as error:
+        if len(error.rejected) == fresh <= allowed:
+            return None, error.rejected
+        raise
+    return made, made.rejected

@@ -72,7 +72,7 @@ def build(folder: Path, store: Store) -> None:
     val_set = make_set(store, index, ShardConfig(radius=0, samples=1))
     before, after = evaluated(store, first, val_set), evaluated(store, second, val_set)
     entry = champion.give(store, store.url_for(before))
-    begun = rounds.begin(store, Round(f"retrain/{KEPT}", val_set.path, 1, first, ("a-1",)))
+    begun = rounds.begin(store, Round(f"retrain/{KEPT}", before, val_set.path, 1, first, second, ("a-1",)))
     rounds.finish(store, begun, Verdict(entry.number, 0.0, (0.0, 0.0), 0.0, False), before, after, None)
     artifacts.write_manifest(store, f"ablate/{KEPT}", {"runs": [first], "evaluations": [f"evaluate/{KEPT}"]})
     artifacts.write_manifest(store, f"evaluate/{KEPT}", {"run": first, "val_set": val_set.path})
@@ -81,7 +81,7 @@ def build(folder: Path, store: Store) -> None:
         f"train/{KEPT}/checkpoints/00000001.pt": b"named",
         f"{first}/tensorboard/scalars/events": b"kept",
         f"inbox/up/{artifacts.MANIFEST}": b"not ours, and no JSON",
-        "uploads/up-1.json": b"{}",
+        "uploads/line/up-1.json": b"{}",
         "evaluate/notes/mine.txt": b"",
         "train/notes.txt": b"",
         "precompute/shards/readme.txt": b"",

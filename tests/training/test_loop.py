@@ -196,6 +196,23 @@ def test_noise_follows_from_seed_and_step_alone(images_of_16: ShardSet, shard_st
     assert not {row.losses["draw"] for row in run(other, images_of_16, shard_store)[1]} & set(draws)
 
 
+def test_two_fine_tunings_have_the_same_weights_just_where_they_have_the_same_seed(
+    images_of_16: ShardSet, shard_store: Store
+):
+    """They begin with the same weights, of which the seed draws none, and nothing draws in the network."""
+    torch.manual_seed(5)
+    init = recipe_of().build(images_of_16.labels).state_dict()
+
+    def tuned(seed: int) -> dict[str, Tensor]:
+        recipe = recipe_of(epochs=1, warmup_epochs=0, seed=seed)
+        return train(recipe, images_of_16, shard_store.url, Place(), None, Recorder(), init)[0]
+
+    first, again, other = (tuned(seed) for seed in (1, 1, 2))
+    assert first.keys() == init.keys()
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert not any(torch.equal(other[name], value) for name, value in first.items() if value.ndim > 1)
+
+
 def test_two_steps_of_three_are_instance_and_one_is_semantic(images_of_16: ShardSet, shard_store: Store):
     history = run(recipe_of(epochs=3), images_of_16, shard_store)[1]
     kinds = [(sum("semantic" in n for n in row.losses), sum("instance" in n for n in row.losses)) for row in history]

@@ -53,9 +53,7 @@ def keys(batches: Iterator[Batch], count: int) -> list[int]:
     return [int(key) for batch in islice(batches, count) for key in batch.keys]
 
 
-def epochs(
-    shards: ShardSet, store: Store, count: int, config: ReaderConfig = PLAIN, seed: int = 0
-) -> list[list[int]]:
+def epochs(shards: ShardSet, store: Store, count: int, config: ReaderConfig = PLAIN, seed: int = 0) -> list[list[int]]:
     """The images of whole epochs of a single stream, in order."""
     found = keys(iter(BatchStream(shards, store.url, config, 1, seed=seed)), count * shards.samples)
     return [found[i : i + shards.samples] for i in range(0, len(found), shards.samples)]

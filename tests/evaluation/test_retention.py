@@ -112,7 +112,7 @@ def litter(folder: Path, store: Store) -> None:
         f"train/{GONE}/checkpoints/00000001.pt": b"1",
         f"train/{GONE}/metrics.parquet": b"m",
         f"train/{'1' * 16}/{WEIGHTS}": b"of a best checkpoint, without manifest",
-        f"retrain/{GONE}/plan.json": json.dumps({"train_set": "", "init": ""}).encode(),
+        f"retrain/{GONE}/plan.json": json.dumps({"train_set": "", "init": "", "run": ""}).encode(),
         f"probe-{'a' * 32}": b"tessera",
     }
     for key, data in alone.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from evaluation.champion import give, history
 from infra.errors import TesseraError
 from infra.store import Store, open_store
+from pipelines.upload import upload
 from preprocessing.inbox import WHOLE, decisions
 from tests.day import data
 from tests.day.chronicle import Chronicle
@@ -59,17 +60,25 @@ KILLS = (
 )
 
 
+def small_store(stage: Stage, tell: Chronicle) -> Store:
+    """A store with a champion and an upload, made once."""
+    origin, folder = open_store("s3://day/kills/origin"), stage.folder / "kills"
+    if folder.exists():
+        return origin
+    data.base(folder, 48, 40)
+    job = {"data": str(folder), "recipe": "demo", "options": {"train.batch": 4}, "epochs": 1}
+    run_code(stage, "kills-train", _TRAIN.format(job=json.dumps(job)), origin)
+    (manifest,) = [e.key for e in origin.list("evaluate/") if e.key.endswith("/manifest.json")]
+    tell.note(f"champion {give(origin, origin.url_for(manifest.removesuffix('/manifest.json')))}")
+    arrived = data.arrival(stage.folder / "kills-upload", 5000, 100)
+    upload(arrived, origin, "new")
+    return origin
+
+
 def play(stage: Stage, tell: Chronicle) -> None:
     """One chapter for each moment, each on a copy of one small store with a champion and an upload."""
-    origin = open_store("s3://day/kills/origin")
     with tell.chapter("a small champion, and an upload"):
-        folder = data.base(stage.folder / "kills", 48, 40)
-        job = {"data": str(folder), "recipe": "demo", "options": {"train.batch": 4}, "epochs": 1}
-        run_code(stage, "kills-train", _TRAIN.format(job=json.dumps(job)), origin)
-        (manifest,) = [e.key for e in origin.list("evaluate/") if e.key.endswith("/manifest.json")]
-        tell.note(f"champion {give(origin, origin.url_for(manifest.removesuffix('/manifest.json')))}")
-        arrived = data.arrival(stage.folder / "kills-upload", 5000, 100)
-        stage.command("python", "-m", "pipelines.upload", str(arrived), origin.url, "--name", "new")
+        origin = small_store(stage, tell)
     undisturbed = copy(origin, "undisturbed")
     with tell.chapter("undisturbed"):
         began = time.monotonic()

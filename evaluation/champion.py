@@ -95,6 +95,8 @@ def give(store: Store, evaluation: str) -> Champion:
         raise TesseraError(f"{evaluation}: expected an evaluation of this storage, {store.url}")
     read_evaluation(evaluation)  # or it could be compared with nothing
     before = history(store)
+    if before and (before[-1].evaluation, before[-1].root) == (path, path):
+        return before[-1]  # it is already
     return _added(store, _entry(store, path, path, before[-1].number + 1 if before else 1, "given", None))
 
 

@@ -132,6 +132,12 @@ def sweep(store: Store, older: timedelta, tell: Callable[[str], None]) -> Survey
         return found
 
 
+def refuse_foreign(store: Store) -> None:
+    """Raise TesseraError for a store on which nothing of Tessera lies: a URL mistyped."""
+    if not any(True for top in ("precompute", "train", "champion", "inbox") for _ in store.list(f"{top}/")):
+        raise TesseraError(f"{store.url}: nothing of Tessera lies there (expected the root of a storage)")
+
+
 def _look(store: Store, held: Sequence[str], older: timedelta) -> Survey:
     entries = tuple(store.list())
     now = max(entry.modified for entry in entries if entry.key.startswith(f"{RUNNING}/"))  # whoever looks has written

@@ -14,6 +14,8 @@ from infra.store import open_store
 from pipelines.jobs import StoredJob
 from preprocessing.inbox import decisions, uploads, withdraw
 
+_WAITS, _NOT_WHOLE = "waits for the next round", "is not whole yet: no _SUCCESS, or it is older than the rest"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state = (
             "waits for the next round" if upload.whole else "not whole yet: no _SUCCESS, or it is older than the rest"
         )
-        told = known.get(upload.title, f"{upload.name} {state}")
+        decision = known.get(upload.title)
+        told = f"{upload.name} {state}" if decision is None else decision.brief(store.url)
         sys.stdout.write(f"{told} ({upload.objects} objects, {upload.bytes / 1e6:.1f} MB)\n")
     if not found:
         sys.stdout.write(f"{store.url}: the inbox is empty\n")

@@ -5,9 +5,17 @@ its deployments. Keys are never parameters: AWS_*, see infra.s3_store.
 """
 
 import os
-from typing import Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from infra.errors import TesseraError
 from training.shares import Crew
@@ -17,6 +25,12 @@ class Job(BaseModel):
     """Where the work is done."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_environment(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What the environment said is not written down: a deployment would carry its deployer's to the worker."""
+        silent = {"ray", "storage"} - self.model_fields_set
+        return {name: value for name, value in plain(self).items() if name not in silent}
 
     gpus: bool = Field(False, description="One GPU for each training worker and each task that runs a network.")
     ray: str = Field(

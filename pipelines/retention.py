@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
-from evaluation.retention import survey, sweep, to_text
+from evaluation.retention import refuse_foreign, survey, sweep, to_text
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.jobs import StoredJob
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         store = open_store(asked.storage or StoredJob().storage)
+        refuse_foreign(store)
         if asked.delete:
             sweep(store, asked.older, _tell)
             return 0

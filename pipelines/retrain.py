@@ -53,7 +53,9 @@ def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
         with ray_cluster.session(job.ray, **job.needs):
             found = take_in_uploads(job, line, waiting)
             if why := idle(job, line):
-                return Completed(name="NothingNew", message="; ".join([why, *(brief(job, d) for d in found)]))
+                return Completed(
+                    name="NothingNew", message="; ".join([why, *(f"upload {d.brief(job.storage)}" for d in found)])
+                )
             begun = begin_round(job, line)
             run = train_challenger(job, line, begun)
             outcome = settle_round(job, line, begun, run)
@@ -123,12 +125,6 @@ def there(store: Store, path: str) -> ShardSet:
     if found is None:
         raise TesseraError(f"{store.url_for(path)}: an accepted upload, or a round, refers to this set, and it is gone")
     return found
-
-
-def brief(job: Retrain, decision: Decision) -> str:
-    """What became of an upload, and where to read on."""
-    report = "" if decision.report is None else f", see {open_store(job.storage).url_for(decision.report)}"
-    return f"upload {decision.upload} {decision.state}{report}"
 
 
 def accepted(store: Store, line: Line) -> list[Decision]:

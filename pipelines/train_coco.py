@@ -51,7 +51,8 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
             val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
             run = train(job, chosen, train_set, val_set)
             report = evaluate_run(job, chosen, run, val_set)
-        log.info("report: %s", report.url)
+        log.info("%s\nreport: %s", report.markdown, report.url)
+        log.info("to make it the champion: python -m pipelines.champion --set %s", report.url.rpartition("/")[0])
     return {"report": report.url, **report.summary}
 
 

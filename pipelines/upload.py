@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store, open_store
@@ -29,8 +31,8 @@ log = logging.getLogger("tessera.upload")
 def upload(folder: Path, store: Store, name: str) -> int:
     """Copy all files below a folder into the inbox, those that are not there yet; `_SUCCESS` last. Gives their number.
 
-    Links are followed. TesseraError for a name that is none, or that other files have, and for zips: on a store nothing
-    looks into them.
+    Links are followed. What is there as a whole stays as it is. TesseraError for a name that is none, or that other
+    files have, and for zips: on a store nothing looks into them.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise TesseraError(f"{name!r} is no name for an upload: letters, digits, dots and dashes; give one with --name")
@@ -38,6 +40,9 @@ def upload(folder: Path, store: Store, name: str) -> int:
     if zips := [key for key in files if key.endswith(".zip")]:
         raise TesseraError(f"{folder / zips[0]}: unpack it first; zips are read from disks only")
     _claim(store, place, files)
+    if store.exists(f"{place}/{WHOLE}"):
+        log.info("%s: all of it is there already", store.url_for(place))
+        return len(files)
     there = {entry.key.removeprefix(f"{place}/") for entry in store.list(f"{place}/")}
     left = [(key, path) for key, path in files.items() if key not in there]
     with ThreadPoolExecutor(8) as pool:
@@ -46,8 +51,7 @@ def upload(folder: Path, store: Store, name: str) -> int:
         for number, _ in enumerate(sent):
             if number % 100 == 99:
                 log.info("%d of %d files", number + 1, len(left))
-    if not store.create(f"{place}/{WHOLE}", b""):
-        raise TesseraError(f"{store.url_for(place)}: taken by an earlier upload; choose another --name")
+    store.create(f"{place}/{WHOLE}", b"")
     return len(files)
 
 
@@ -67,8 +71,7 @@ def _claim(store: Store, place: str, files: dict[str, Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
         sums = [*pool.map(lambda path: zlib.crc32(path.read_bytes()), files.values())]
     claim = artifacts.digest([*zip(files, sums, strict=True)]).encode()
-    mine = store.create(f"{place}/{CLAIM}", claim) or store.read(f"{place}/{CLAIM}") == claim
-    if not mine or store.exists(f"{place}/{WHOLE}"):
+    if not store.create(f"{place}/{CLAIM}", claim) and store.read(f"{place}/{CLAIM}") != claim:
         raise TesseraError(f"{store.url_for(place)}: taken by another upload; choose another --name")
 
 
@@ -76,6 +79,13 @@ def tell(store: Store, name: str) -> None:
     """Emit the event, if there is a Prefect server to emit it to."""
     if "PREFECT_API_URL" not in os.environ:
         log.info("PREFECT_API_URL is not set: the next scheduled retraining will find it")
+        return
+    url = os.environ["PREFECT_API_URL"]
+    try:
+        httpx.get(f"{url}/health", timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        log.warning("not announced: %s does not answer (%s)", url, error)
+        log.warning("the next scheduled retraining will find it, or the same command again announces it")
         return
     from prefect.events import emit_event
     from prefect.events.worker import EventsWorker
@@ -108,5 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("tessera").setLevel(logging.INFO)
     sys.exit(main())

@@ -83,11 +83,16 @@ class Decision:
         """The upload's."""
         return _title(self.upload, self.version)
 
-    def __str__(self) -> str:
+    def brief(self, storage: str) -> str:
+        """In one line, and where to read on. storage: URL of the store."""
         known = f", {self.known} known already" if self.known else ""
         aside = f", {len(self.rejected)} set aside" if self.rejected else ""
+        report = f", see {storage}/{self.report}" if self.report else ""
+        return f"{self.upload} {self.state}, {self.samples} new samples{known}{aside}{report}"
+
+    def __str__(self) -> str:
         why = f": {self.reason}" if self.reason else ""
-        return f"{self.upload} {self.state}, {self.samples} new samples{known}{aside}{why}"
+        return f"{self.brief('').partition(', see ')[0]}{why}"
 
 
 def uploads(store: Store) -> tuple[Upload, ...]:

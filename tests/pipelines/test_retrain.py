@@ -164,7 +164,9 @@ def test_a_bad_upload_goes_to_quarantine_and_nothing_is_trained(line: Store, sta
     assert name == "NothingNew"
     (decision,) = decisions(line, current(line).line).values()
     assert (decision.state, decision.samples, len(decision.rejected)) == ("quarantined", 0, 2)
-    assert f"upload bad quarantined, see {line.url}/{decision.report}" in message
+    assert message.endswith(f"upload bad quarantined, 0 new samples, 2 set aside, see {line.url}/{decision.report}"), (
+        message
+    )
     assert (stage.trained, len(history(line))) == ([], 1)
     assert everything(line).items() >= before.items()
     assert stage.told[0].endswith("/report.html")

@@ -5,10 +5,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from infra.seaweed import S3Server, seaweed
 from infra.store import Store, open_store
+
+hypothesis.settings.register_profile("tessera", deadline=None)  # no test asserts a time, on no machine
+hypothesis.settings.load_profile("tessera")
 
 
 @pytest.fixture(scope="session")

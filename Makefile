@@ -42,7 +42,7 @@ bench: $(READY)
 chaos: $(READY)
 	@$(BIN)/python -m tests.chaos
 
-# A day of operations on a real Prefect server, worker, Ray and SeaweedFS: half an hour; pictures in .tessera/day.
+# A day of operations on a real Prefect server, worker, Ray and SeaweedFS: 40 minutes; pictures in .tessera/day.
 day: $(READY)
 	@$(BIN)/python -m tests.day
 

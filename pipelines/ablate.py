@@ -54,7 +54,7 @@ def ablate(job: Ablate) -> dict[str, Any]:
     What is finished is only read, what was interrupted goes on. A trial that fails does not stop the others; in the
     end the flow fails and says where the table is. Returns the report's URL and the table.
     """
-    job = job.model_copy(update={"storage": open_store(job.storage).url})  # absolute: workers stand elsewhere
+    job = job.absolute()
     with flow_logs(), named_lines():
         check_grid(job)
         root = find_data(job)

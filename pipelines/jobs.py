@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from infra.errors import TesseraError
+from infra.store import open_store
 from training.shares import Crew
 
 
@@ -47,6 +48,10 @@ class StoredJob(Job):
         description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*). Default: "
         "TESSERA_STORAGE, else .tessera/store.",
     )
+
+    def absolute(self) -> Self:
+        """The same with its storage as a URL that holds wherever a worker stands."""
+        return self.model_copy(update={"storage": open_store(self.storage).url})
 
 
 class TrainingJob(StoredJob):

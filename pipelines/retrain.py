@@ -21,7 +21,7 @@ from infra.in_use import in_use
 from infra.store import Store, open_store
 from pipelines.logs import flow_logs
 from pipelines.progress import TrainProgress
-from pipelines.retrain_job import Line, Retrain, absolute, decoded, read_line
+from pipelines.retrain_job import Line, Retrain, decoded, read_line
 from pipelines.steps import step
 from preprocessing import shards
 from preprocessing.inbox import Decision, Upload, decisions, uploads
@@ -41,7 +41,7 @@ def retrain(job: Retrain = Retrain()) -> State[Any]:  # noqa: B008 (frozen)
     Ends as completed: NothingNew, Promoted or Refused, with a message that says why. A run that was killed is taken up
     by the next one: each step is done when its output is on the store.
     """
-    job = absolute(job)
+    job = job.absolute()
     with flow_logs():
         if not uploads(open_store(job.storage)) and not history(open_store(job.storage)):
             return Completed(name="NothingNew", message="nothing new: no upload, and no champion yet")

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, PositiveFloat
 from evaluation.champion import Champion, current
 from infra import artifacts
 from infra.errors import TesseraError
-from infra.store import Store, open_store
+from infra.store import Store
 from pipelines.jobs import TrainingJob
 from preprocessing import layouts
 from preprocessing.shards import ShardSet, read_set
@@ -94,8 +94,3 @@ def _set(store: Store, path: str) -> ShardSet:
     if found is None:
         raise TesseraError(f"{store.url_for(path)}: the champion refers to this data set, and it is not there")
     return found
-
-
-def absolute(job: Retrain) -> Retrain:
-    """The job with its storage as a URL that holds wherever a worker stands."""
-    return job.model_copy(update={"storage": open_store(job.storage).url})

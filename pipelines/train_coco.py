@@ -41,7 +41,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
     report's URL and its figures.
     """
     chosen = job.resolved()
-    job = job.model_copy(update={"storage": open_store(job.storage).url})  # absolute: workers stand elsewhere
+    job = job.absolute()
     with flow_logs():
         check_job(job)
         root = find_data(job, chosen)

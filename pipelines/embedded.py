@@ -1,7 +1,8 @@
-"""train-coco in this process, with nothing running beforehand: a temporary Prefect server, a local Ray.
+"""train-coco or ablate in this process, with nothing running beforehand: a temporary Prefect server, a local Ray.
 
-python -m pipelines.embedded          the demo: the synthetic set, from scratch, 2 workers
-python -m pipelines.embedded JOB      JOB is the flow's parameter as JSON, as in `prefect deployment run`
+python -m pipelines.embedded              the demo: the synthetic set, from scratch, 2 workers
+python -m pipelines.embedded JOB          train-coco; JOB is its parameter as JSON, as in `prefect deployment run`
+python -m pipelines.embedded ablate JOB   ablate
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from infra.errors import TesseraError
+from pipelines.ablate_job import Ablate
 from pipelines.job import TrainCoco
 from pipelines.server import prefect_server
 
@@ -32,9 +34,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        job = (
-            TrainCoco.model_validate_json(arguments[0]) if arguments else TrainCoco(workers=min(2, os.cpu_count() or 1))
-        )
+        job = _job(arguments)
         job.check()
         if not arguments:
             print(PLAN, flush=True)
@@ -53,20 +53,38 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _job(arguments: list[str]) -> TrainCoco:
+    if arguments[:1] == ["ablate"]:
+        return Ablate.model_validate_json(" ".join(arguments[1:]))
+    if arguments:
+        return TrainCoco.model_validate_json(arguments[0])
+    return TrainCoco(workers=min(2, os.cpu_count() or 1))
+
+
 def _run(job: TrainCoco) -> None:
     from prefect.logging.handlers import APILogHandler
 
-    from pipelines.train_coco import train_coco
-
     started = time.monotonic()
     try:
-        result = train_coco(job)
+        last = _ablate(job) if isinstance(job, Ablate) else _train_coco(job)
     finally:
         APILogHandler().flush()  # the server is about to go
-    print(f"done in {time.monotonic() - started:.0f} s")
+    print(f"done in {time.monotonic() - started:.0f} s\n{last}")
+
+
+def _ablate(job: Ablate) -> str:
+    from pipelines.ablate import ablate
+
+    return f"report {ablate(job)['report']}"
+
+
+def _train_coco(job: TrainCoco) -> str:
+    from pipelines.train_coco import train_coco
+
+    result = train_coco(job)
     figures = {group: result["pq"][group] for group in ("all", "things", "stuff")}
     shown = {group: "none" if value is None else f"{value:.1f}" for group, value in figures.items()}
-    print(f"PQ {shown['all']} things {shown['things']} stuff {shown['stuff']} report {result['report']}")
+    return f"PQ {shown['all']} things {shown['things']} stuff {shown['stuff']} report {result['report']}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,9 @@ class SyntheticConfig:
     """Images in the val split, from other scenes."""
     size: tuple[int, int] = (64, 64)
     """Height, width in pixels."""
+    scenes: Literal["plain", "hard"] = "plain"
+    """hard: what G says panoptic maps are difficult for: void borders, small neighbours of one category with
+    close centroids, areas of things over two decades."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ def write_set(folder: Path, config: SyntheticConfig) -> Path:
 
 
 def write_split(root: Path, split: str, count: int, first_id: int, config: SyntheticConfig) -> None:
-    """Write a split of `count` images with the ids from first_id + 1 on; of a config its size and seed are used."""
+    """Write a split of `count` images with the ids from first_id + 1 on; of a config size, scenes, seed are used."""
     images, masks = root / split, root / "annotations" / f"panoptic_{split}"
     images.mkdir(parents=True, exist_ok=True)
     masks.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,7 @@ def write_split(root: Path, split: str, count: int, first_id: int, config: Synth
     height, width = config.size
     for image_id in range(first_id + 1, first_id + count + 1):
         rng = np.random.default_rng([config.seed, image_id])
-        scene = draw_scene(rng, config.size)
+        scene = draw_scene(rng, config)
         ids_N = np.append(0, rng.choice(rgb_ids.MAX_ID, len(scene.names), replace=False) + 1).astype(np.int32)
         name = f"{image_id:012d}"
         Image.fromarray(scene.rgb.clip(0, 255).astype(np.uint8)).save(images / f"{name}.jpg", quality=92)
@@ -131,16 +135,19 @@ def _segments_info(scene: Scene, ids_N: NDArray[np.int32]) -> list[dict[str, obj
     return rows
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """One scene of (height, width) pixels, from back to front."""
-    scene = Scene(np.zeros((*size, 3)), np.zeros(size, np.int32), ["void"], set())
+def draw_scene(rng: np.random.Generator, config: SyntheticConfig) -> Scene:
+    """One scene, from back to front; of the config its size and kind of scenes are used."""
+    scene = Scene(np.zeros((*config.size, 3)), np.zeros(config.size, np.int32), ["void"], set())
     _draw_stuff(scene, rng)
     if rng.random() < 0.15:
         _draw_crowd(scene, rng)
-    for _ in range(rng.integers(1, 6)):
-        _draw_object(scene, rng, rng.choice(SHAPES), labelled=rng.random() > 0.08)
+    if config.scenes == "hard":
+        _draw_hard_things(scene, rng)
+    else:
+        for _ in range(rng.integers(1, 6)):
+            _draw_object(scene, rng, rng.choice(SHAPES), labelled=rng.random() > 0.08)
     _draw_void_seam(scene, rng)
-    _drop_slivers(scene)
+    _drop_slivers(scene, 0.0015 if config.scenes == "hard" else 0.003)
     scene.rgb *= rng.uniform(0.85, 1.1)
     scene.rgb += rng.normal(0, 5, scene.rgb.shape)
     return scene
@@ -177,15 +184,65 @@ def _draw_object(
     radius = scale * rng.uniform(0.08, 0.2) * min(height, width)
     centre = rng.uniform((0.1 * height, 0.1 * width), (0.9 * height, 0.9 * width))
     mask_HW = _shape_mask(shape, (height, width), centre, radius, rng)
+    _paint(scene, mask_HW, rng.uniform(20, 235, 3), shape if labelled else None)
+    return mask_HW
+
+
+def _paint(scene: Scene, mask_HW: NDArray[np.bool_], color: NDArray[np.float64], name: str | None) -> None:
+    """One thing in front of all others, slightly shaded; one without a name becomes void."""
     behind = scene.rgb[mask_HW].mean(axis=0) if mask_HW.any() else np.zeros(3)
-    color = rng.uniform(20, 235, 3)
     if np.abs(color - behind).max() < 60:  # keep it visible
         color = 255 - behind
-    shade = np.linspace(-12, 12, width)[None, :, None]
+    shade = np.linspace(-12, 12, mask_HW.shape[1])[None, :, None]
     scene.rgb[mask_HW] = (color + np.broadcast_to(shade, scene.rgb.shape))[mask_HW]
-    if labelled:
-        scene.names.append(shape)
-    scene.label[mask_HW] = len(scene.names) - 1 if labelled else 0
+    if name is not None:
+        scene.names.append(name)
+    scene.label[mask_HW] = len(scene.names) - 1 if name is not None else 0
+
+
+_SHAPE_COLOR = {"disk": (205, 60, 50), "box": (215, 190, 60), "triangle": (170, 80, 190), "ring": (50, 40, 50)}
+_AREA = {"disk": 2.75, "box": 2.7, "triangle": 1.87, "ring": 2.5}
+"""Of a shape, in squares of its radius, at a mean stretch."""
+
+
+def _draw_hard_things(scene: Scene, rng: np.random.Generator) -> None:
+    """Large and middle things, then groups of small neighbours of one category.
+
+    A category has a colour, so that classes are easy and only where things are tells them apart. Shares of the image
+    from 0.3 to 30 %; most have a void border, as annotators leave it.
+    """
+    height, width = size = scene.label.shape
+    lone, groups = rng.integers(1, 4), rng.integers(1, 3)
+    shares = [[share] for share in sorted(np.exp(rng.uniform(np.log(0.015), np.log(0.3), lone)), reverse=True)]
+    shares += [[*np.exp(rng.uniform(np.log(0.003), np.log(0.015), rng.integers(2, 5)))] for _ in range(groups)]
+    for group in shares:
+        shape = str(rng.choice(SHAPES))
+        centre, last = rng.uniform((0.12 * height, 0.12 * width), (0.88 * height, 0.88 * width)), 0.0
+        for share in group:
+            radius, angle = np.sqrt(share * height * width / _AREA[shape]), rng.uniform(0, 2 * np.pi)
+            if last:
+                centre = centre + (last + radius) * rng.uniform(0.9, 1.2) * np.array((np.sin(angle), np.cos(angle)))
+                centre = centre.clip(radius, np.array(size) - radius)
+            mask_HW, last = _shape_mask(shape, size, centre, radius, rng), radius
+            if rng.random() < 0.7:
+                scene.label[_grown(mask_HW, _border(size))] = 0
+            _paint(scene, mask_HW, np.array(_SHAPE_COLOR[shape]) + rng.normal(0, 15, 3), shape)
+
+
+def _border(size: tuple[int, int]) -> int:
+    """Pixels of a void border: 1 at 64."""
+    return max(1, round(min(size) / 64))
+
+
+def _grown(mask_HW: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
+    """The mask and what is up to so many steps up, down, left or right of it."""
+    for _ in range(pixels):
+        grown_HW = mask_HW.copy()
+        grown_HW[1:] |= mask_HW[:-1]
+        grown_HW[:-1] |= mask_HW[1:]
+        grown_HW[:, 1:] |= mask_HW[:, :-1]
+        grown_HW[:, :-1] |= mask_HW[:, 1:]
+        mask_HW = grown_HW
     return mask_HW
 
 
@@ -228,7 +285,7 @@ def _draw_void_seam(scene: Scene, rng: np.random.Generator) -> None:
     scene.label[(np.abs(offset) < 0.02 * min(height, width)) & is_stuff] = 0
 
 
-def _drop_slivers(scene: Scene) -> None:
-    """What occlusion leaves of a segment is void when too small to be annotated (under 0.3% of the image)."""
+def _drop_slivers(scene: Scene, share: float) -> None:
+    """What occlusion leaves of a segment is void when too small to be annotated: under this share of the image."""
     areas = np.bincount(scene.label.ravel(), minlength=len(scene.names))
-    scene.label[areas[scene.label] < 0.003 * scene.label.size] = 0
+    scene.label[areas[scene.label] < share * scene.label.size] = 0

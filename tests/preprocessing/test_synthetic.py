@@ -134,3 +134,30 @@ def test_png_ids_are_those_of_the_json(many: Path):
     for position, entry in enumerate(json.loads(coco.json.read_text())["annotations"]):
         ids = set(np.unique(read_png(coco.mask(position).read_bytes()))) - {0}
         assert ids == {row["id"] for row in entry["segments_info"]}
+
+
+def test_hard_scenes_have_sizes_over_two_decades_void_borders_and_close_neighbours_of_one_category(tmp_path: Path):
+    root = write_set(tmp_path, SyntheticConfig(train=200, val=1, scenes="hard"))
+    index = read_index(root, "train2017")
+    truths = [read_sample(record, index.labels)[1] for record in index.records]
+    areas = [s.area for truth in truths for s in truth.segments if s.is_thing and not s.is_crowd]
+    assert np.percentile(areas, 99.5) / np.percentile(areas, 0.5) >= 100
+    assert np.mean([bordered(truth) for truth in truths]) > 0.5
+    assert sum(neighbours(truth) for truth in truths) >= 200
+
+
+def bordered(truth) -> float:
+    """Of the pixels beside things, in what is no thing, the share that is void."""
+    thing = np.isin(truth.ids, [s.id for s in truth.segments if s.is_thing])
+    around = np.zeros_like(thing)
+    around[1:] |= thing[:-1]
+    around[:-1] |= thing[1:]
+    around &= ~thing
+    return (truth.ids == 0)[around].mean() if around.any() else 0.0
+
+
+def neighbours(truth) -> int:
+    """Pairs of things of one category, each under 2 % of the image, whose centroids are less than 8 pixels apart."""
+    small = [s for s in truth.segments if s.is_thing and not s.is_crowd and s.area < 0.02 * truth.ids.size]
+    pairs = [(a, b) for i, a in enumerate(small) for b in small[:i] if a.category == b.category]
+    return sum(np.hypot(*np.subtract(a.centroid, b.centroid)) < 8 for a, b in pairs)

@@ -10,7 +10,7 @@ from tests.support.examples import batch_of, scenes, table
 from training.backbones import AnyBackboneConfig, LiteConfig, PyramidConfig, StemVitConfig, VitConfig, build_backbone
 from training.methods.base import Method
 from training.methods.generalist.config import GeneralistConfig
-from training.methods.generalist.model import Decoder, pixel_phases, rotate
+from training.methods.generalist.model import Decoder, pixel_phases, pixel_shares, rotate, shift
 from training.methods.generalist.targets import embed_xy, omegas
 from training.recipe import Recipe
 from training.recipes.generalist import base_420, debug, demo
@@ -66,6 +66,15 @@ class TestRelativeHead:
         embedding = torch.randn(2, 4 * frequencies, *self.grid)
         torch.testing.assert_close(rotate(embedding, phases).norm(dim=1), embedding.norm(dim=1))
         assert not rotate(0 * embedding, phases).any()
+
+
+def test_a_shifted_offset_is_the_centroid_and_zero_stays_zero():
+    shares = pixel_shares((2, 4))
+    assert shares[:, 1, 2].tolist() == [2.5 / 4, 1.5 / 2]
+    code = torch.tensor([0.3, 0.9, 1.0], dtype=torch.float64).view(1, 3, 1, 1)
+    relative = torch.cat([code[:, :2] - shares, torch.ones(1, 1, 2, 4)], 1)
+    torch.testing.assert_close(shift(relative, shares), code.expand(1, 3, 2, 4))
+    assert not shift(0 * relative, shares).any()
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,7 @@ ABLATIONS = {
     **{f"{n} frequencies": {"frequencies": n} for n in (1, 2, 3, 5, 6)},
     "half period": {"half_period": True},
     "relative": {"relative": True},
+    "relative, direct": {"relative": True, "encoding": "direct"},
     "relative, half period": {"relative": True, "half_period": True, "frequencies": 3},
     "squared": {"squared": True},
     "no EDS": {"eds_distance": 0.0},
@@ -262,7 +272,6 @@ def test_the_network_of_a_convolutional_stem_and_a_relative_head_exports():
         {"eds_distance": -1.0},
         {"total_variation": -0.1},
         {"dice": -1.0},
-        {"encoding": "direct", "relative": True},
         {"encoding": "direct", "half_period": True},
         {"encoding": "classes", "relative": True},
         {"encoding": "classes", "half_period": True},

@@ -23,11 +23,11 @@ def test_options_change_what_they_name_and_nothing_else():
 
 
 def test_options_that_are_only_allowed_together_are_taken_together():
-    direct = {"method.encoding": "direct", "method.relative": False, "method.half_period": False}
-    assert coco_mini().changed(direct).method.instance_channels == 3
-    for missing in ("method.relative", "method.half_period"):
-        with pytest.raises(TesseraError, match="set both to false for 'direct'"):
-            coco_mini().changed({k: v for k, v in direct.items() if k != missing})
+    off = {f"method.{name}": False for name in ("relative", "half_period", "squared")}
+    assert coco_mini().changed(off | {"method.encoding": "classes"}).method.instance_channels == 162
+    for missing in off:
+        with pytest.raises(TesseraError, match=r"classes"):
+            coco_mini().changed({"method.encoding": "classes"} | {k: v for k, v in off.items() if k != missing})
 
 
 def test_a_group_of_options_keeps_the_others_of_its_group():

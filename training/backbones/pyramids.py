@@ -18,7 +18,10 @@ from training.backbones.weights import LoadReport, State
 class PyramidConfig(BackboneConfig):
     """Feature maps at strides 4, 8, 16 and 32. Published weights: docs/backbones.md."""
 
-    name: Literal["resnet-50", "swin-tiny", "swin-base", "pvt-v2-b0", "pvt-v2-b2", "pvt-v2-b5"] = "resnet-50"
+    name: Literal[
+        "resnet-18", "resnet-50", "swin-nano", "swin-tiny", "swin-base", "pvt-v2-b0", "pvt-v2-b2", "pvt-v2-b5"
+    ] = "resnet-50"
+    """All but swin-nano are published; that one is ours, a third of Swin-T's width, to train from scratch."""
     dilations: tuple[int, ...] = ()
     """Of a ResNet's last three blocks, whose stage then stays at stride 16 as its features do; DeepLab's: 2, 4, 8."""
 
@@ -59,7 +62,12 @@ def _with_all_stages(config: Any) -> Any:
 
 _WIDE: dict[str, Any] = {"hidden_sizes": [64, 128, 320, 512]}
 _BUILD: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
+    "resnet-18": (
+        _resnet,
+        {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},
+    ),
     "resnet-50": (_resnet, {}),
+    "swin-nano": (_swin, {"embed_dim": 32, "depths": [2, 2, 2, 2], "num_heads": [2, 4, 8, 16], "window_size": 4}),
     "swin-tiny": (_swin, {}),
     "swin-base": (_swin, {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
     "pvt-v2-b0": (_pvt_v2, {}),

@@ -55,6 +55,18 @@ def paper_table_3() -> tuple[GridRow, ...]:
     )
 
 
+def relative_table_3() -> tuple[GridRow, ...]:
+    """Ours: table 3 with a head relative to the pixel, which classes cannot have; direct regression then says offsets.
+
+    Does the embedding still earn its place once the head need not know where a pixel is?
+    """
+    return tuple(
+        GridRow(row.title.replace("direct centroid", "offset"), row.options | {"method.relative": True})
+        for row in paper_table_3()
+        if row.options["method.encoding"] != "classes"
+    )
+
+
 def ours() -> tuple[GridRow, ...]:
     """What we added to the embedding: half a period as base, and a head relative to the pixel; each off and on.
 
@@ -71,7 +83,26 @@ def ours() -> tuple[GridRow, ...]:
     )
 
 
-GRIDS: dict[str, Callable[[], tuple[GridRow, ...]]] = {g.__name__: g for g in (paper_table_2, paper_table_3, ours)}
+def ours_by_backbone() -> tuple[GridRow, ...]:
+    """`ours` on a backbone that knows where it is (the recipe's own ViT) and on two that have no absolute positions.
+
+    G reports that a Swin could hardly learn centroids; the relative head should cure just that.
+    """
+    kinds: dict[str, dict[str, Any]] = {
+        "ViT": {},
+        "ResNet": {"method.backbone": {"name": "resnet-18"}},
+        "Swin": {"method.backbone": {"name": "swin-nano"}},
+    }
+    return tuple(
+        GridRow(f"{kind}, {row.title}", {**row.options, **backbone})
+        for kind, backbone in kinds.items()
+        for row in ours()
+    )
+
+
+GRIDS: dict[str, Callable[[], tuple[GridRow, ...]]] = {
+    g.__name__: g for g in (paper_table_2, paper_table_3, relative_table_3, ours, ours_by_backbone)
+}
 
 
 def grid(name: str) -> tuple[GridRow, ...]:

@@ -58,7 +58,8 @@ class GeneralistConfig(MethodConfig):
     half_period: bool = False
     """Ours: base frequency pi/2, so that the two borders of the image have different codes."""
     relative: bool = False
-    """Ours: the head predicts the embedding of (centroid - pixel), a fixed rotation makes it the centroid's."""
+    """Ours: the head predicts the code of (centroid - pixel), which a fixed linear map makes the centroid's: a rotation
+    of embeddings, a shift of direct regression."""
     squared: bool = False
     """Ours: squared instead of plain Euclidean embedding distance, which leaves the all-void answer."""
     eds_distance: float = 20.0
@@ -81,10 +82,10 @@ class GeneralistConfig(MethodConfig):
     def __post_init__(self) -> None:
         if min(self.frequencies, self.cells, *self.decoder_widths) < 1:
             raise TesseraError("generalist: frequencies, cells and decoder_widths must be at least 1")
-        if self.encoding != "embedding" and (self.relative or self.half_period):
-            raise TesseraError(
-                f"generalist: relative and half_period are for embeddings, set both to false for {self.encoding!r}"
-            )
+        if self.encoding == "classes" and self.relative:
+            raise TesseraError("generalist: relative is not for classes, set it to false")
+        if self.encoding != "embedding" and self.half_period:
+            raise TesseraError(f"generalist: half_period is for embeddings, set it to false for {self.encoding!r}")
         if self.encoding == "classes" and self.squared:
             raise TesseraError("generalist: classes have no distance that could be squared")
         if not (0 <= self.dice < math.inf and 0 <= self.total_variation < math.inf):

@@ -93,7 +93,7 @@ class Generalist(Method):
 class Network(nn.Module):
     """Images (B, 3, H, W), 0-255 -> class logits (B, C, H, W) and codes of centroids (B, X, H, W)."""
 
-    phases_4LHW: Tensor
+    places: Tensor
 
     def __init__(self, config: GeneralistConfig, categories: int, grid: Size) -> None:
         super().__init__()
@@ -104,7 +104,10 @@ class Network(nn.Module):
         self.instance_head = nn.Conv2d(width, config.instance_channels, 3, padding=1)
         self.relative = config.relative
         if config.relative:
-            self.register_buffer("phases_4LHW", pixel_phases(grid, omegas(config)), persistent=False)
+            embedded = config.encoding == "embedding"
+            self.absolute = rotate if embedded else shift
+            places = pixel_phases(grid, omegas(config)) if embedded else pixel_shares(grid).float()
+            self.register_buffer("places", places, persistent=False)
 
     def forward(self, images_B3HW: Tensor, semantic: bool = True, instance: bool = True) -> tuple[Tensor, Tensor]:
         """See the class. A head that is not asked for gives an empty tensor."""
@@ -117,7 +120,7 @@ class Network(nn.Module):
         logits_BCHW = self.semantic_head(features_BCHW) if semantic else nothing
         codes_BXHW = self.instance_head(features_BCHW) if instance else nothing
         if instance and self.relative:
-            codes_BXHW = rotate(codes_BXHW.float(), self.phases_4LHW)
+            codes_BXHW = self.absolute(codes_BXHW.float(), self.places)
         return logits_BCHW, codes_BXHW
 
 
@@ -169,13 +172,16 @@ def _up(inputs: int, outputs: int, factor: int) -> nn.Sequential:
     )
 
 
+def pixel_shares(grid: Size) -> Tensor:
+    """x and y of each pixel's centre as shares of the image, 0..1: float64 (2, H, W)."""
+    y_HW, x_HW = torch.meshgrid(*((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in grid), indexing="ij")
+    return torch.stack([x_HW, y_HW])
+
+
 def pixel_phases(grid: Size, frequencies: list[float]) -> Tensor:
     """cos u, sin u, cos v and sin v of each pixel's own phases: (4, L, H, W)."""
-    height, width = grid
-    v_HW, u_HW = torch.meshgrid(
-        *((2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width)), indexing="ij"
-    )
-    phases_2LHW = torch.stack([u_HW, v_HW])[:, None] * torch.tensor(frequencies).view(1, -1, 1, 1)
+    uv_2HW = 2 * pixel_shares(grid) - 1
+    phases_2LHW = uv_2HW[:, None] * torch.tensor(frequencies).view(1, -1, 1, 1)
     return torch.stack([phases_2LHW.cos(), phases_2LHW.sin()], 1).flatten(0, 1).float()
 
 
@@ -190,3 +196,12 @@ def rotate(relative_BEHW: Tensor, phases_4LHW: Tensor) -> Tensor:
     cos_b, sin_b = phases_4LHW[0::2], phases_4LHW[1::2]  # (2, L, H, W): u and v
     turned = torch.stack([sine * cos_b + cosine * sin_b, cosine * cos_b - sine * sin_b], 2)
     return turned.flatten(1, 3)
+
+
+def shift(relative_B3HW: Tensor, shares_2HW: Tensor) -> Tensor:
+    """Centroid - pixel, and "is instance" -> centroid, both in shares of the image (ours).
+
+    Where "is instance" is 1 the pixel's own place is added, so zero stays zero: with embeddings, `rotate` does that.
+    """
+    offset_B2HW, instance_B1HW = relative_B3HW[:, :2], relative_B3HW[:, 2:]
+    return torch.cat([offset_B2HW + shares_2HW * instance_B1HW, instance_B1HW], 1)

@@ -1,4 +1,4 @@
-"""A grid of runs as one table: mean and spread over seeds, charts, a parquet file, and the runs beside one another."""
+"""A grid of runs as one table: means and differences over seeds, charts, a parquet file, runs beside one another."""
 
 import dataclasses
 import io
@@ -11,17 +11,19 @@ import numpy as np
 
 from evaluation import compare, grid_plots
 from evaluation.compare import Evaluated, read_evaluation
+from evaluation.grid_stats import Difference, Pair, Stated, paired, ranked, summed_up
 from evaluation.report import page, percent
 from infra import artifacts
 from infra.store import Store
 from infra.version import code_version
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every grid's path: raise it when the same trials would be written down differently."""
 
 FIGURES = {
     "PQ": ("pq", "all"),
     "things": ("pq", "things"),
+    "things without classes": ("agnostic", "pq"),
     "stuff": ("pq", "stuff"),
     "SQ": ("sq", "all"),
     "RQ": ("rq", "all"),
@@ -93,10 +95,16 @@ class Line:
         """Those that have not failed."""
         return tuple(trial for trial in self.trials if trial.evaluated is not None)
 
+    def by_seed(self, figure: str) -> dict[int, float]:
+        """Of the finished trials; empty where one of them has no such figure."""
+        found = {trial.outcome.seed: trial.figure(figure) for trial in self.finished}
+        known = {seed: value for seed, value in found.items() if value is not None}
+        return known if len(known) == len(found) else {}
+
     def over_seeds(self, figure: str) -> Mean | None:
         """Mean and spread over the finished trials; None where there are none, or one has no such figure."""
-        found = [value for trial in self.finished if (value := trial.figure(figure)) is not None]
-        if not found or len(found) < len(self.finished):
+        found = [*self.by_seed(figure).values()]
+        if not found:
             return None
         return Mean(float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None)
 
@@ -206,10 +214,9 @@ def _column(values: Sequence[Any]) -> list[Any]:
     return [*values] if len(kinds) <= 1 and kinds <= {bool, int, float, str} else [json.dumps(v) for v in values]
 
 
-def difference(line: Line, first: Line) -> float | None:
-    """PQ of a row minus that of the first one, of the means; None for that one, and where either has none."""
-    ours, theirs = line.over_seeds("PQ"), first.over_seeds("PQ")
-    return None if line is first or ours is None or theirs is None else ours.value - theirs.value
+def difference(line: Line, first: Line) -> Difference | None:
+    """PQ of a row minus that of the first one; None for that one, and where they have no seed in common."""
+    return None if line is first else paired(line.by_seed("PQ"), first.by_seed("PQ"))
 
 
 def published_difference(line: Line, first: Line) -> float | None:
@@ -218,18 +225,37 @@ def published_difference(line: Line, first: Line) -> float | None:
     return (line.published or 0.0) - (first.published or 0.0) if known else None
 
 
+def papers_order(lines: Sequence[Line]) -> list[Pair]:
+    """The pairs of rows that the published figures rank."""
+    known = [(line, line.published) for line in lines]
+    return ranked([Stated(line.title, pq, line.by_seed("PQ")) for line, pq in known if pq is not None])
+
+
 def to_markdown(title: str, lines: Sequence[Line]) -> str:
-    """The table, and the trials that failed."""
+    """The table, the paper's order if there is one, and the trials that failed."""
     published = any(line.published is not None for line in lines)
-    heads = ["", "runs", *FIGURES, "worker-hours", *(["paper's PQ"] if published else [])]
-    told = [f"### {title}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    first, *others = FIGURES
+    heads = ["", "runs", first, "to the first", *others, "worker-hours", *(["paper's PQ"] if published else [])]
+    rows = []
     for line in lines:
-        figures = [str(line.over_seeds(name) or "-") for name in FIGURES]
-        cells = [_cell(line.title), str(len(line.finished)), *figures, f"{line.worker_hours:.2f}"]
-        told.append(f"| {' | '.join(cells + ([percent(line.published)] if published else []))} |")
-    for failed in failures(lines):
-        told += ["", f"- **{_cell(failed.row)}, seed {failed.seed}** failed: {failed.error}"]
-    return "\n".join(told)
+        pq, *figures = [str(line.over_seeds(name) or "-") for name in FIGURES]
+        cells = [line.title, str(len(line.finished)), pq, str(difference(line, lines[0]) or "-"), *figures]
+        rows.append([*cells, f"{line.worker_hours:.2f}", *([percent(line.published)] if published else [])])
+    parts = [f"### {title}", _table(heads, rows), *_order_told(papers_order(lines))]
+    parts += [f"- **{_cell(failed.row)}, seed {failed.seed}** failed: {failed.error}" for failed in failures(lines)]
+    return "\n\n".join(parts)
+
+
+def _order_told(pairs: Sequence[Pair]) -> list[str]:
+    heads = ["higher in the paper", "lower", "the paper", "ours", "verdict"]
+    rows = [[p.higher, p.lower, f"{p.published:+.1f}", str(p.ours or "-"), p.verdict] for p in pairs]
+    return ["#### The paper's order", summed_up(pairs), _table(heads, rows)] if pairs else []
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells to the right, those of the first column to the left."""
+    listed = [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}", *listed])
 
 
 def _cell(text: str) -> str:
@@ -245,6 +271,7 @@ def to_html(title: str, lines: Sequence[Line], with_comparison: bool) -> str:
     """One file that opens from disk without a network; its links lead to what lies beside it on the store."""
     hours = sum(line.worker_hours for line in lines)
     trials = [trial for line in lines for trial in line.trials]
+    pairs = papers_order(lines)
     images = {len(t.evaluated.table.image_ids) for t in trials if t.evaluated is not None}
     return page(
         "grid.html",
@@ -254,6 +281,8 @@ def to_html(title: str, lines: Sequence[Line], with_comparison: bool) -> str:
         lines=[(line, difference(line, lines[0]), published_difference(line, lines[0])) for line in lines],
         figures=[*FIGURES],
         published=any(line.published is not None for line in lines),
+        pairs=pairs,
+        summed_up=summed_up(pairs) if pairs else "",
         failures=failures(lines),
         charts=grid_plots.charts(points_of(lines)),
         trials=trials,
@@ -270,6 +299,7 @@ def points_of(lines: Sequence[Line]) -> list[grid_plots.Points]:
             line.title,
             line.options,
             {name: [v for t in line.finished if (v := t.figure(name)) is not None] for name in grid_plots.PANELS},
+            [t.evaluated.summary["sizes"] for t in line.trials if t.evaluated is not None],
         )
         for line in lines
     ]

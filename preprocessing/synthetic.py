@@ -34,6 +34,7 @@ CATEGORIES = LabelTable.from_coco(
 SHAPES = ("disk", "box", "triangle", "ring")
 STUFF = ("sky", "field", "water")
 _STUFF_COLOR = {"sky": (165, 195, 230), "field": (95, 140, 60), "water": (40, 95, 135)}
+Kind = Literal["plain", "hard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class SyntheticConfig:
     """Images in the val split, from other scenes."""
     size: tuple[int, int] = (64, 64)
     """Height, width in pixels."""
-    scenes: Literal["plain", "hard"] = "plain"
+    scenes: Kind = "plain"
     """hard: what G says panoptic maps are difficult for: void borders, small neighbours of one category with
     close centroids, areas of things over two decades."""
     seed: int = 0
@@ -100,7 +101,7 @@ def write_split(root: Path, split: str, count: int, first_id: int, config: Synth
     height, width = config.size
     for image_id in range(first_id + 1, first_id + count + 1):
         rng = np.random.default_rng([config.seed, image_id])
-        scene = draw_scene(rng, config)
+        scene = draw_scene(rng, config.size, config.scenes)
         ids_N = np.append(0, rng.choice(rgb_ids.MAX_ID, len(scene.names), replace=False) + 1).astype(np.int32)
         name = f"{image_id:012d}"
         Image.fromarray(scene.rgb.clip(0, 255).astype(np.uint8)).save(images / f"{name}.jpg", quality=92)
@@ -135,19 +136,19 @@ def _segments_info(scene: Scene, ids_N: NDArray[np.int32]) -> list[dict[str, obj
     return rows
 
 
-def draw_scene(rng: np.random.Generator, config: SyntheticConfig) -> Scene:
-    """One scene, from back to front; of the config its size and kind of scenes are used."""
-    scene = Scene(np.zeros((*config.size, 3)), np.zeros(config.size, np.int32), ["void"], set())
+def draw_scene(rng: np.random.Generator, size: tuple[int, int], kind: Kind = "plain") -> Scene:
+    """One scene of (height, width) pixels, from back to front."""
+    scene = Scene(np.zeros((*size, 3)), np.zeros(size, np.int32), ["void"], set())
     _draw_stuff(scene, rng)
     if rng.random() < 0.15:
         _draw_crowd(scene, rng)
-    if config.scenes == "hard":
+    if kind == "hard":
         _draw_hard_things(scene, rng)
     else:
         for _ in range(rng.integers(1, 6)):
             _draw_object(scene, rng, rng.choice(SHAPES), labelled=rng.random() > 0.08)
     _draw_void_seam(scene, rng)
-    _drop_slivers(scene, 0.0015 if config.scenes == "hard" else 0.003)
+    _drop_slivers(scene, 0.0015 if kind == "hard" else 0.003)
     scene.rgb *= rng.uniform(0.85, 1.1)
     scene.rgb += rng.normal(0, 5, scene.rgb.shape)
     return scene

@@ -64,8 +64,10 @@ def test_a_deployment_run_writes_its_report_to_s3(prefect, job):
 
 
 def train_workers():
+    """Those of flows of this server: other clusters may run on the machine."""
     named = [(p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
-    return [p for p, command in named if "RayTrainWorker" in command]
+    found = [p for p, command in named if "RayTrainWorker" in command]
+    return [p for p in found if p.environ().get("PREFECT_API_URL") == os.environ["PREFECT_API_URL"]]
 
 
 def test_cancelling_the_flow_run_stops_the_ray_work(prefect, job):

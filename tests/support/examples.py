@@ -9,7 +9,7 @@ import torch
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.sample import distances
-from preprocessing.synthetic import CATEGORIES, SHAPES, SyntheticConfig, draw_scene
+from preprocessing.synthetic import CATEGORIES, SHAPES, draw_scene
 from training.batch import Batch, Example, collate
 
 RADIUS = 50
@@ -34,7 +34,7 @@ def example_of(labels_HW: np.ndarray, segments: Sequence[Segment], key: str = "1
 
 def scene(seed: int, size: tuple[int, int] = (32, 32)) -> Example:
     """A synthetic scene: things, stuff, void, sometimes a crowd."""
-    drawn = draw_scene(np.random.default_rng(seed), SyntheticConfig(size=size))
+    drawn = draw_scene(np.random.default_rng(seed), size)
     found = np.unique(drawn.label[drawn.label > 0])
     labels_HW = np.where(drawn.label > 0, np.searchsorted(found, drawn.label) + 1, 0)
     rows = [

@@ -66,7 +66,9 @@ def _sizes(rows: Sequence[Points]) -> str:
         if row.sizes:
             _size_line(axes, row, number, band=len(rows) <= _BANDS)
     sizes = next(row.sizes[0] for row in rows if row.sizes)  # the truth, and so the counts, is that of all rows
-    axes.set_xticks(range(len(sizes)), [f"{size['size']}\n({size['instances']})" for size in sizes], fontsize=8)
+    there = [(place, size) for place, size in enumerate(sizes) if size["instances"]]
+    ticks = [f"{size['size']}\n({size['instances']})" for _, size in there]
+    axes.set_xticks([place for place, _ in there], ticks, fontsize=8)
     axes.set_title("mean IoU of things by size", fontsize=10)
     axes.set(xlabel="square root of the area, px (how many)", ylabel="%", ylim=(0, None))
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)

@@ -54,11 +54,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _job(arguments: list[str]) -> TrainCoco:
-    if arguments[:1] == ["ablate"]:
-        return Ablate.model_validate_json(" ".join(arguments[1:]))
-    if arguments:
-        return TrainCoco.model_validate_json(arguments[0])
-    return TrainCoco(workers=min(2, os.cpu_count() or 1))
+    if not arguments:
+        return TrainCoco(workers=min(2, os.cpu_count() or 1))
+    kind = Ablate if arguments[0] == "ablate" else TrainCoco
+    return kind.model_validate_json(arguments[-1])
 
 
 def _run(job: TrainCoco) -> None:

@@ -21,7 +21,7 @@ class PyramidConfig(BackboneConfig):
     name: Literal[
         "resnet-18", "resnet-50", "swin-nano", "swin-tiny", "swin-base", "pvt-v2-b0", "pvt-v2-b2", "pvt-v2-b5"
     ] = "resnet-50"
-    """All but swin-nano are published; that one is ours, a third of Swin-T's width, to train from scratch."""
+    """swin-nano is ours, a third of Swin-T's width, to train from scratch; the others are published architectures."""
     dilations: tuple[int, ...] = ()
     """Of a ResNet's last three blocks, whose stage then stays at stride 16 as its features do; DeepLab's: 2, 4, 8."""
 

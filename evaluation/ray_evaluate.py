@@ -13,6 +13,8 @@ from evaluation.evaluate import (
 )
 from evaluation.report import Gallery, Report, read_report, write_report
 from infra import ray_cluster
+from infra.in_use import in_use
+from infra.store import open_store
 from preprocessing.shards import ShardSet
 from training.recipe import Recipe
 from training.run import TrainedRun
@@ -26,10 +28,15 @@ def evaluate(recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str,
     Each task has a GPU if `gpus`. Needs a Ray connection. Raises TesseraError as `gather` and `pq.compare` do.
     """
     path = evaluation_path(recipe, run.path, val_set.path)
-    finished = read_report(recipe, store_url, path)
-    if finished is not None:
-        log.info("evaluated already: %s", path)
-        return finished
+    with in_use(open_store(store_url), f"{path}/"):
+        finished = read_report(recipe, store_url, path)
+        if finished is not None:
+            log.info("evaluated already: %s", path)
+            return finished
+        return _evaluate(recipe, run, val_set, store_url, path, gpus)
+
+
+def _evaluate(recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str, path: str, gpus: bool) -> Report:
     device, options = "cuda" if gpus else "cpu", {"num_gpus": int(gpus)}
     jobs = {s.key: EvalJob(recipe, store_url, run.path, path, val_set.labels, s, device) for s in val_set.shards}
     done: list[int] = []

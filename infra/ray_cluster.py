@@ -2,12 +2,14 @@
 
 import logging
 import os
+import platform
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -30,6 +32,8 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
 }
+_ROOT = Path(__file__).parents[1]
+_CODE = ("evaluation", "infra", "pipelines", "preprocessing", "training")
 _PASSED_ON = ("NUMBA_", "RAY_TRAIN_", "TESSERA_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_")
 _SECRET = ("AWS_", "HF_")  # some are, and which ones is for boto3 and the hub to say
 _WITHDRAW_SECONDS = 5.0
@@ -70,9 +74,13 @@ def _connect(address: str) -> None:
         options |= {"include_dashboard": False, "object_store_memory": 200 << 20}
         options |= {"_node_ip_address": "127.0.0.1"}
     else:
-        # workers of a remote cluster inherit the environment of their raylet, not ours
-        hook = _hook(_environment(_SECRET))
-        options |= {"runtime_env": {"env_vars": _environment(_PASSED_ON), "worker_process_setup_hook": hook}}
+        # workers of a cluster have the environment and the code of their raylet, not ours
+        options["runtime_env"] = {
+            "env_vars": _environment(_PASSED_ON),
+            "worker_process_setup_hook": _hook(_environment(_SECRET)),
+            "py_modules": [str(_ROOT / name) for name in _CODE],
+            "excludes": ["__pycache__"],
+        }
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
@@ -118,26 +126,57 @@ def map_tasks(
 ) -> list[T]:
     """Run `function(*arguments)` as Ray tasks; results in order of completion.
 
-    Keeps a window of twice the cluster's CPUs in flight, so that a driver with a million samples holds only
-    a few tasks' arguments. Polls, so that a cancelled flow gets its signal; whatever ends this call, no
-    task stays behind. An exception of a task is raised as the task raised it.
+    Keeps a window of twice the cluster's CPUs in flight, so that a driver with a million samples holds only a few
+    tasks' arguments; the window follows the cluster, which may grow because tasks wait. Polls, so that a cancelled flow
+    gets its signal; whatever ends this call, no task stays behind. An exception of a task is raised as the task raised
+    it; its warnings are logged here, with the machine's name.
     """
-    remote = ray.remote(function).options(num_cpus=1, max_retries=2, **options)
-    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    remote = ray.remote(_heard(function)).options(num_cpus=1, max_retries=2, name=function.__name__, **options)
     waiting, pending, results = iter(arguments), list[Any](), list[T]()
     try:
         while True:
-            pending += [remote.remote(*a) for a in islice(waiting, window - len(pending))]
+            pending += [remote.remote(*a) for a in islice(waiting, max(0, _window() - len(pending)))]
             if not pending:
                 return results
             with _signals_pass():
                 done, pending = ray.wait(pending, timeout=1.0)
-            for result in _results(done):
+            for result, node, lines in _results(done):
+                for line in lines:
+                    log.warning("%s: %s", node, line)
                 results.append(result)
                 on_done(result)
     finally:
         for task in pending:
             ray.cancel(task, force=True)
+
+
+def _heard(function: Callable[..., T]) -> Callable[..., tuple[T, str, list[str]]]:
+    """The function as a task: (its result, the machine's name, warnings of our loggers meanwhile)."""
+
+    def task(*arguments: Any) -> tuple[T, str, list[str]]:
+        heard, ours = _Warnings(), logging.getLogger("tessera")
+        ours.addHandler(heard)
+        try:
+            return function(*arguments), platform.node(), heard.lines
+        finally:
+            ours.removeHandler(heard)
+
+    return task
+
+
+class _Warnings(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _window() -> int:
+    return 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def wait_for(task: Any, watch: Callable[[], None]) -> Any:

@@ -7,17 +7,14 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from evaluation import ray_evaluate
-from evaluation.evaluate import evaluation_path
 from evaluation.report import Report
 from infra import ray_cluster
-from infra.in_use import in_use
-from infra.store import open_store
 from pipelines.evaluate_job import Evaluate
 from pipelines.logs import flow_logs
 from pipelines.steps import step
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
-from preprocessing.shards import FOLDER, ShardSet
+from preprocessing.shards import ShardSet
 from training.recipe import Recipe
 from training.run import read_run
 
@@ -50,8 +47,7 @@ def check_job(job: Evaluate) -> Recipe:
 def precompute_split(job: Evaluate, recipe: Recipe) -> ShardSet:
     """Shards of the images' own sizes."""
     index = read_index(job.source, job.split, job.layout)
-    with in_use(open_store(job.storage), FOLDER):  # shards that are there are taken over, whoever refers to them
-        return precompute(job.split, index, recipe.val_shards, job.storage, job.bad_share)
+    return precompute(job.split, index, recipe.val_shards, job.storage, job.bad_share)
 
 
 @step
@@ -59,7 +55,6 @@ def evaluate_run(job: Evaluate, recipe: Recipe, val_set: ShardSet) -> Report:
     """The report; its headline is an artifact of the flow run."""
     run = read_run(job.storage, job.run_path)
     assert run is not None  # check_job opened it
-    with in_use(open_store(job.storage), f"{evaluation_path(recipe, run.path, val_set.path)}/"):
-        report = ray_evaluate.evaluate(recipe, run, val_set, job.storage, job.gpus)
+    report = ray_evaluate.evaluate(recipe, run, val_set, job.storage, job.gpus)
     create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description=f"PQ on {job.split}")
     return report

@@ -36,7 +36,8 @@ class Job(BaseModel):
     gpus: bool = Field(False, description="One GPU for each training worker and each task that runs a network.")
     ray: str = Field(
         default_factory=lambda: os.environ.get("TESSERA_RAY", "local"),
-        description="'local' starts Ray here; 'auto' or host:port joins a cluster. Default: TESSERA_RAY, else local.",
+        description="'local' starts Ray here; 'auto' or host:port joins the cluster that this machine is a node of. "
+        "Default: TESSERA_RAY, else local.",
     )
 
 

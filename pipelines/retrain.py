@@ -24,6 +24,7 @@ from pipelines.progress import TrainProgress
 from pipelines.retrain_job import Line, Retrain, decoded, read_line
 from pipelines.steps import step
 from preprocessing import shards
+from preprocessing.files import shown
 from preprocessing.inbox import Decision, Upload, decisions, uploads
 from preprocessing.ray_inbox import take_in
 from preprocessing.shards import ShardSet, join, read_set
@@ -79,7 +80,7 @@ def look(job: Retrain, line: Line) -> list[Upload]:
     store = open_store(job.storage)
     known, found = decisions(store, line.champion.line), uploads(store)
     waiting = [upload for upload in found if upload.whole and upload.title not in known]
-    unfinished = [upload.name for upload in found if not upload.whole]
+    unfinished = [shown(upload.name) for upload in found if not upload.whole]
     log.info("inbox: %d uploads, %d of them new", len(found), len(waiting))
     if unfinished:
         log.info(
@@ -106,7 +107,7 @@ def take_in_uploads(job: Retrain, line: Line, waiting: list[Upload]) -> list[Dec
     val_ids = frozenset(i for shard in line.val_set.shards for i in shard.image_ids)
     known = decisions(store, line.champion.line)  # of an attempt before
     for upload in (upload for upload in waiting if upload.title not in known):
-        log.info("upload %s: %d objects, %.1f MB", upload.name, upload.objects, upload.bytes / 1e6)
+        log.info("upload %s: %d objects, %.1f MB", shown(upload.name), upload.objects, upload.bytes / 1e6)
         with in_use(store, f"{shards.FOLDER}/"):
             decision = take_in(store, line.champion.line, upload, job.layout, job.split, data, val_ids, job.bad_share)
         data = data if decision.shards is None else join(data, [there(store, decision.shards)])
@@ -175,7 +176,7 @@ def train_challenger(job: Retrain, line: Line, begun: Round) -> TrainedRun:
     store, recipe = open_store(job.storage), line.tuned(job)
     train_set, upkeep = there(store, begun.train_set), recipe.upkeep
     check = None if upkeep.check_epochs is None else ValCheck(store.url, line.val_set.path, upkeep.check_images)
-    with in_use(store, f"{begun.run}/", f"{begun.path}/"):
+    with in_use(store, f"{begun.path}/"):
         return run_training(recipe, train_set, store.url, job.crew, init=begun.init, check=check, watch=TrainProgress())
 
 
@@ -206,10 +207,8 @@ def _settled(job: Retrain, line: Line, begun: Round, run: TrainedRun) -> tuple[O
 
 def evaluate_on(job: Retrain, line: Line, recipe: Recipe, run: TrainedRun) -> str:
     """Folder of a run's evaluation on the line's val set, made where it is not there."""
-    path = evaluation_path(recipe, run.path, line.val_set.path)
-    with in_use(open_store(job.storage), f"{path}/"):
-        evaluate(recipe, run, line.val_set, job.storage, job.gpus)
-    return path
+    evaluate(recipe, run, line.val_set, job.storage, job.gpus)
+    return evaluation_path(recipe, run.path, line.val_set.path)
 
 
 def to_markdown(outcome: Outcome, beaten: Champion, storage: str) -> str:

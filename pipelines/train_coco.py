@@ -2,19 +2,16 @@
 
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from evaluation.checkup import ValCheck
-from evaluation.evaluate import evaluation_path
 from evaluation.ray_evaluate import evaluate
 from evaluation.report import Report
 from infra import ray_cluster
 from infra.errors import TesseraError
-from infra.in_use import in_use
 from infra.store import open_store
 from pipelines.job import SYNTHETIC, TrainCoco
 from pipelines.logs import flow_logs
@@ -22,9 +19,9 @@ from pipelines.progress import TrainProgress
 from pipelines.steps import step
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
-from preprocessing.shards import FOLDER, ShardConfig, ShardSet
+from preprocessing.shards import ShardConfig, ShardSet
 from preprocessing.source import Index
-from preprocessing.synthetic import write_set
+from preprocessing.synthetic import stored_set
 from training import names
 from training.ray_train import run_training
 from training.recipe import Recipe
@@ -101,7 +98,7 @@ def data_root(job: TrainCoco) -> str:
     if job.data != SYNTHETIC:
         return open_store(job.data).url
     log.info("synthetic set: %d train and %d val images", job.synthetic.train, job.synthetic.val)
-    return str(write_set(Path(".tessera/data").resolve(), job.synthetic))
+    return stored_set(open_store(job.storage), job.synthetic)
 
 
 @step
@@ -116,8 +113,7 @@ def check_recipe(job: TrainCoco, chosen: Recipe) -> None:
 @step
 def precompute_split(job: TrainCoco, root: str, split: str, config: ShardConfig) -> ShardSet:
     """Shards of one split."""
-    with in_use(open_store(job.storage), FOLDER):  # shards that are there are taken over, whoever refers to them
-        return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
+    return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
 
 
 def facts_of(job: TrainCoco, chosen: Recipe) -> dict[str, Any]:
@@ -140,14 +136,12 @@ def train(job: TrainCoco, chosen: Recipe, train_set: ShardSet, val_set: ShardSet
     if job.name is not None:
         names.give(store, job.name, path, facts)
     check = None if upkeep.check_epochs is None else ValCheck(store.url, val_set.path, upkeep.check_images)
-    with in_use(store, f"{path}/"):
-        return run_training(chosen, train_set, store.url, job.crew, init=init, check=check, watch=TrainProgress())
+    return run_training(chosen, train_set, store.url, job.crew, init=init, check=check, watch=TrainProgress())
 
 
 @step
 def evaluate_run(job: TrainCoco, chosen: Recipe, run: TrainedRun, val_set: ShardSet) -> Report:
     """PQ, predictions and the report; its headline is an artifact of the flow run."""
-    with in_use(open_store(job.storage), f"{evaluation_path(chosen, run.path, val_set.path)}/"):
-        report = evaluate(chosen, run, val_set, job.storage, job.gpus)
+    report = evaluate(chosen, run, val_set, job.storage, job.gpus)
     create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description="PQ on the val split")
     return report

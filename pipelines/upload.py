@@ -17,10 +17,11 @@ from pathlib import Path
 import httpx
 
 from infra import artifacts
+from infra.copying import WHOLE, copy_files
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from pipelines.jobs import StoredJob
-from preprocessing.inbox import INBOX, WHOLE
+from preprocessing.inbox import INBOX
 from preprocessing.layouts import LAYOUTS, read_index
 
 EVENT = "tessera.upload"
@@ -43,15 +44,7 @@ def upload(folder: Path, store: Store, name: str) -> int:
     if store.exists(f"{place}/{WHOLE}"):
         log.info("%s: all of it is there already", store.url_for(place))
         return len(files)
-    there = {entry.key.removeprefix(f"{place}/") for entry in store.list(f"{place}/")}
-    left = [(key, path) for key, path in files.items() if key not in there]
-    with ThreadPoolExecutor(8) as pool:
-        # Not written anew: beside the same upload, by a second command, nothing gets younger than its _SUCCESS.
-        sent = pool.map(lambda item: store.create(f"{place}/{item[0]}", item[1].read_bytes()), left)
-        for number, _ in enumerate(sent):
-            if number % 100 == 99:
-                log.info("%d of %d files", number + 1, len(left))
-    store.create(f"{place}/{WHOLE}", b"")
+    copy_files(files, store, place)
     return len(files)
 
 

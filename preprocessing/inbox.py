@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from infra import artifacts
+from infra.copying import WHOLE
 from infra.errors import TesseraError
 from infra.store import Entry, Store
 from preprocessing.labels import LabelTable
@@ -24,7 +25,6 @@ from preprocessing.source import Index, Rejected
 from preprocessing.validate import Findings, examine_index, to_html
 
 INBOX, DECISIONS, QUARANTINE = "inbox", "uploads", "quarantine"
-WHOLE = "_SUCCESS"
 log = logging.getLogger("tessera.inbox")
 
 

@@ -1,13 +1,16 @@
 """Precompute as Ray tasks, one a shard."""
 
 import logging
+import platform
 import resource
 import time
 from dataclasses import dataclass
 
 from infra import ray_cluster
-from infra.store import open_store
+from infra.in_use import in_use
+from infra.store import Store, open_store
 from preprocessing.shards import (
+    FOLDER,
     Shard,
     ShardConfig,
     ShardJob,
@@ -33,6 +36,8 @@ class Computed:
     """CPU time of the task."""
     peak_bytes: int
     """Most memory that the worker process has held so far."""
+    machine: str
+    """Its name."""
 
 
 def precompute(name: str, index: Index, config: ShardConfig, store_url: str, bad_share: float = 0.01) -> ShardSet:
@@ -42,6 +47,11 @@ def precompute(name: str, index: Index, config: ShardConfig, store_url: str, bad
     TesseraError as `commit` does.
     """
     store = open_store(store_url)
+    with in_use(store, f"{FOLDER}/"):  # shards that are there are taken over, whoever refers to them
+        return _precompute(store, name, index, config, bad_share)
+
+
+def _precompute(store: Store, name: str, index: Index, config: ShardConfig, bad_share: float) -> ShardSet:
     planned = plan(store, index, config)
     finished = read_set(store, planned.path)
     jobs = planned.jobs if finished is None else forget_lost(store, planned.jobs, finished)
@@ -58,7 +68,7 @@ def precompute(name: str, index: Index, config: ShardConfig, store_url: str, bad
     def report(computed: Computed) -> None:
         done.append(computed)
         shard, megabytes = computed.shard, computed.shard.bytes / 1e6
-        cost = f"{computed.seconds:.1f} s CPU, worker's peak {computed.peak_bytes / 1e6:.0f} MB"
+        cost = f"{computed.seconds:.1f} s CPU on {computed.machine}, worker's peak {computed.peak_bytes / 1e6:.0f} MB"
         place = f"{len(done)} of {len(jobs)}"
         log.info("%s: shard %s, %d samples, %.1f MB, %s", name, place, len(shard.image_ids), megabytes, cost)
         for rejected in shard.rejected:
@@ -75,4 +85,4 @@ def compute(store_url: str, job: ShardJob) -> Computed:
     started = time.process_time()
     shard = compute_shard(store_url, job)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return Computed(shard, time.process_time() - started, peak)
+    return Computed(shard, time.process_time() - started, peak, platform.node())

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra import artifacts
+from infra.copying import WHOLE, copy_files
 from infra.errors import TesseraError
+from infra.store import Store
 from preprocessing import rgb_ids
 from preprocessing.labels import LabelTable
 
@@ -31,6 +33,8 @@ CATEGORIES = LabelTable.from_coco(
         {"id": 200, "name": "water", "isthing": 0, "color": [0, 220, 220]},
     ]
 )
+STORED = "data"
+"""Folder under a store's root with the sets that Tessera has made."""
 SHAPES = ("disk", "box", "triangle", "ring")
 STUFF = ("sky", "field", "water")
 _STUFF_COLOR = {"sky": (165, 195, 230), "field": (95, 140, 60), "water": (40, 95, 135)}
@@ -70,13 +74,29 @@ class Scene:
     crowds: set[int]
 
 
+def stored_set(store: Store, config: SyntheticConfig) -> str:
+    """Folder or URL of the set below the storage's data/, where every node can read it; written where it is not yet.
+
+    Raises StoreError.
+    """
+    if not store.url.startswith("s3://"):
+        return str(write_set(Path(store.url_for(STORED)), config))
+    place = f"{STORED}/{_name(config)}"
+    if not store.exists(f"{place}/{WHOLE}"):
+        with tempfile.TemporaryDirectory() as folder:
+            root = write_set(Path(folder), config)
+            files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+            copy_files(files, store, place)
+    return store.url_for(place)
+
+
 def write_set(folder: Path, config: SyntheticConfig) -> Path:
     """Write `<folder>/<hash of config>` in COCO's layout and return it; a finished one is left as it is.
 
     The splits are written to a folder of another name that gets its own at the end: no half set is seen,
     and of two processes at once one wins.
     """
-    target = folder / f"synthetic-{artifacts.digest(1, config)}"
+    target = folder / _name(config)
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +110,10 @@ def write_set(folder: Path, config: SyntheticConfig) -> Path:
             if not target.exists():
                 raise
     return target
+
+
+def _name(config: SyntheticConfig) -> str:
+    return f"synthetic-{artifacts.digest(1, config)}"
 
 
 def write_split(root: Path, split: str, count: int, first_id: int, config: SyntheticConfig) -> None:

@@ -5,8 +5,10 @@ Checkpoints are our own (training.checkpoints), read and written by the workers:
 
 import json
 import logging
+import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import artifacts, ray_cluster
 from infra.errors import TesseraError
+from infra.in_use import in_use
 from infra.store import open_store
 from infra.version import code_version
 from preprocessing.pictures import Picture
@@ -32,12 +35,13 @@ from training.dry_run import DoesNotFit
 from training.loop import NonFiniteLoss, train
 from training.methods.base import Method
 from training.metrics import Row, write_metrics
-from training.parallel import Place, agreed
+from training.parallel import Place, agreed, gathered
 from training.recipe import Recipe
 from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
 from training.shares import Crew
 
 _SILENT_SECONDS = 180.0  # before the flow's log says that nothing happens
+_MACHINES_TOLD = 8
 _MINUTES_BELOW = 2.0  # between checkpoints of a group that is smaller than it is to be
 log = logging.getLogger("tessera.train")
 
@@ -86,36 +90,40 @@ def run_training(
     fit into memory, and when three attempts in a row did not get past one checkpoint.
     """
     store, path = open_store(store_url), recipe.run_path(train_set.path, init)
-    finished = read_run(store_url, path)
-    if finished is not None:
-        log.info("trained already: %s", path)
-        return finished
-    told = crew.told(recipe.plan(train_set), recipe.train.micro_batch)
-    log.info("recipe %s: %d steps of %s", recipe.name, recipe.train.steps(train_set.samples), told)
-    started, here = time.monotonic(), _here()
-    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
-    job = TrainJob(recipe, store.url, train_set.path, path, init, crew, check, board)
-    task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(job)
+    with in_use(store, f"{path}/"):
+        finished = read_run(store_url, path)
+        if finished is not None:
+            log.info("trained already: %s", path)
+            return finished
+        told = crew.told(recipe.plan(train_set), recipe.train.micro_batch)
+        log.info("recipe %s: %d steps of %s", recipe.name, recipe.train.steps(train_set.samples), told)
+        started, board = time.monotonic(), ray.remote(Board).options(num_cpus=0, scheduling_strategy=_here()).remote()
+        _train(TrainJob(recipe, store.url, train_set.path, path, init, crew, check, board), watch)
+        content = {
+            "recipe": recipe,
+            "train_set": train_set.path,
+            "init": init,
+            "steps": recipe.train.steps(train_set.samples),
+            "workers": crew.workers,
+            "seconds": time.monotonic() - started,
+            "code": code_version(),
+        }
+        best = finish_best(store, path, content)
+        if best is not None:
+            log.info("best of the checked weights: PQ %.1f after step %d, %s", best["pq"], best["step"], best["run"])
+        artifacts.write_manifest(store, path, content | {"best": best})
+        return TrainedRun.of(path, content)
+
+
+def _train(job: TrainJob, watch: Watch) -> None:
+    """Until the run's weights are written. TesseraError with what a worker said of its failure."""
+    task = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=_here()).remote(job)
     try:
-        ray_cluster.wait_for(task, _Listener(board, watch))
+        ray_cluster.wait_for(task, _Listener(job.board, watch))
     except RayError as error:
-        _raise_failure(board, error)  # what a worker said of it is worth more than Ray's account of how it ended
+        _raise_failure(job.board, error)  # what a worker said of it is worth more than Ray's account of how it ended
         raise
-    _raise_failure(board)
-    content = {
-        "recipe": recipe,
-        "train_set": train_set.path,
-        "init": init,
-        "steps": recipe.train.steps(train_set.samples),
-        "workers": crew.workers,
-        "seconds": time.monotonic() - started,
-        "code": code_version(),
-    }
-    best = finish_best(store, path, content)
-    if best is not None:
-        log.info("best of the checked weights: PQ %.1f after step %d, %s", best["pq"], best["step"], best["run"])
-    artifacts.write_manifest(store, path, content | {"best": best})
-    return TrainedRun.of(path, content)
+    _raise_failure(job.board)
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
@@ -240,11 +248,20 @@ def _begin(job: TrainJob, place: Place) -> State | None:
         return None
     if problem:
         raise TesseraError(problem)
+    _say_where(job, place)
     if state and state["code"] != code_version():
         log.warning("the checkpoint of step %d was written by %s, this is %s", step, state["code"], code_version())
     if step and place.rank > 0:
         state = checkpoints.read_state(store, job.run, step)
     return state or {}
+
+
+def _say_where(job: TrainJob, place: Place) -> None:
+    machines = Counter(gathered(platform.node(), place))
+    if place.rank == 0 and place.world > 1:
+        told = ", ".join(f"{name} ({count})" for name, count in machines.most_common(_MACHINES_TOLD))
+        more = f" and {len(machines) - _MACHINES_TOLD} more machines" if len(machines) > _MACHINES_TOLD else ""
+        job.board.says.remote(f"{place.world} workers: {told}{more}")
 
 
 class _Watcher:

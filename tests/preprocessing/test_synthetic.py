@@ -1,4 +1,5 @@
 import json
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 from panopticapi.evaluation import pq_compute_single_core
 
 from infra.errors import TesseraError
+from infra.seaweed import S3Server
+from infra.store import Store, open_store
 from preprocessing.coco import read_index
 from preprocessing.rgb_ids import read_png
 from preprocessing.source import read_sample
-from preprocessing.synthetic import CATEGORIES, SyntheticConfig, write_set
+from preprocessing.synthetic import CATEGORIES, SyntheticConfig, stored_set, write_set
 from tests.support.coco_folder import CocoFolder
 
 SMALL = {"val": 2, "size": (32, 40)}
@@ -161,3 +164,27 @@ def neighbours(truth) -> int:
     small = [s for s in truth.segments if s.is_thing and not s.is_crowd and s.area < 0.02 * truth.ids.size]
     pairs = [(a, b) for i, a in enumerate(small) for b in small[:i] if a.category == b.category]
     return sum(np.hypot(*np.subtract(a.centroid, b.centroid)) < 8 for a, b in pairs)
+
+
+def test_the_stored_set_is_the_same_on_either_kind_of_store_and_is_written_once(store: Store, tmp_path: Path):
+    config = SyntheticConfig(train=3, val=2, size=(24, 32), seed=4)
+    url, here = stored_set(store, config), write_set(tmp_path / "here", config)
+    for split in ("train2017", "val2017"):
+        stored, local = read_index(url, split), read_index(here, split)
+        assert [r.fingerprint() for r in stored.records] == [r.fingerprint() for r in local.records]
+    before = [*store.list()]
+    assert stored_set(store, config) == url
+    assert [*store.list()] == before
+
+
+def test_a_set_of_which_half_is_stored_is_completed(s3_env: S3Server):
+    store, config = (
+        open_store(f"s3://{s3_env.bucket}/{uuid.uuid4().hex}"),
+        SyntheticConfig(train=2, val=1, size=(16, 16)),
+    )
+    stored_set(store, config)
+    keys = [entry.key for entry in store.list()]
+    for key in (keys[1], next(key for key in keys if key.endswith("_SUCCESS"))):
+        store.delete(key)
+    stored_set(store, config)
+    assert [entry.key for entry in store.list()] == keys

@@ -1,0 +1,47 @@
+"""ray_cluster.map_tasks: all results, a bounded window, and what tasks warn of."""
+
+import logging
+import platform
+from collections.abc import Iterator
+
+import pytest
+
+from infra import ray_cluster
+from infra.errors import TesseraError
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def warned(number: int) -> int:
+    logging.getLogger("tessera.somewhere").warning("number %d is odd", number)
+    logging.getLogger("tessera.somewhere").info("nobody asked")
+    return number
+
+
+def test_warnings_of_tasks_are_in_the_drivers_log_with_their_machine(caplog: pytest.LogCaptureFixture):
+    assert sorted(ray_cluster.map_tasks(warned, [(1,), (3,)], lambda number: None)) == [1, 3]
+    assert sorted(caplog.messages) == [f"{platform.node()}: number {n} is odd" for n in (1, 3)]
+
+
+def test_arguments_are_taken_only_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray_cluster, "_window", lambda: 2 + len(done) // 2)  # a cluster that grows
+    taken, done, most = list[int](), list[int](), list[int]()
+
+    def arguments() -> Iterator[tuple[int]]:
+        for number in range(12):
+            taken.append(number)
+            most.append(len(taken) - len(done))
+            yield (number,)
+
+    assert sorted(ray_cluster.map_tasks(abs, arguments(), done.append)) == [*range(12)]
+    assert max(most[:4]) <= 3
+    assert max(most) > 3
+
+
+def test_an_error_of_a_task_is_raised_as_it_was():
+    with pytest.raises(TesseraError, match="'a' is no store"):
+        ray_cluster.map_tasks(fails, [("a",)], lambda nothing: None)
+
+
+def fails(name: str) -> None:
+    raise TesseraError(f"{name!r} is no store")

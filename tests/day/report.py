@@ -24,7 +24,7 @@ _SECONDS = 4.0  # until a page of the UI has fetched what it shows
 def write(folder: Path, part: str, tell: Chronicle, stage: Stage) -> None:
     """`<part>.md`; of the story the timeline and the screenshots, too."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{part}.md").write_text(_markdown(tell))
+    (folder / f"{part}.md").write_text(to_markdown(tell))
     if part == "story":
         _timeline(folder / "timeline.png", tell, stage)
         _screenshots(folder, stage)
@@ -33,7 +33,8 @@ def write(folder: Path, part: str, tell: Chronicle, stage: Stage) -> None:
             (folder / page.name).write_bytes(page.read_bytes())
 
 
-def _markdown(tell: Chronicle) -> str:
+def to_markdown(tell: Chronicle) -> str:
+    """A table of the chapters."""
     begin = tell.chapters[0].begin if tell.chapters else time.time()
     lines = ["| from | to | chapter | what was seen |", "|---:|---:|---|---|"]
     for chapter in tell.chapters:

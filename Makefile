@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo lint test slow gpu bench chaos day clean
+.PHONY: install demo lint audit test slow gpu bench chaos day machines clean
 
 install: $(READY)
 
@@ -23,6 +23,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known holes in what constraints.txt pins, as PyPI tells of them. No part of lint: where PyPI's advisories cannot be
+# had, behind a mirror say, it fails. pip-audit has an environment of its own, as nothing here needs its 27 packages.
+audit: $(READY)
+	test -x .venv/audit/bin/pip-audit || $(BIN)/python -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet --disable-pip-version-check --progress-bar off pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
 
 # Two processes, each with its own servers: a file's tests stay together.
 test: $(READY)
@@ -46,6 +53,10 @@ chaos: $(READY)
 # A day of operations on a real Prefect server, worker, Ray and SeaweedFS: 40 minutes; pictures in .tessera/day.
 day: $(READY)
 	@$(BIN)/python -m tests.day
+
+# Two machines, and a third for store and server, as network namespaces: ten minutes, as root; .tessera/machines.
+machines: $(READY)
+	@$(BIN)/python -m tests.machines
 
 clean:
 	rm -rf .tessera .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -126,7 +126,7 @@ def _answers(nodes: Sequence[Place]) -> Iterator[Row]:
         if node.facts is None:
             todo = "see `ray status` and that node's logs; open all ports between the machines; restart Ray there"
             if "No module named" in node.problem:
-                todo = "install the driver's version of Tessera where that node's Ray runs, and restart Ray there"
+                todo = "install the packages of constraints.txt where that node's Ray runs, and restart Ray there"
             yield Row("node", node.where, Verdict.BAD, node.problem, todo)
 
 

@@ -18,6 +18,7 @@ from ray._private.runtime_env.setup_hook import _encode_function_key
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from infra.errors import TesseraError
+from infra.version import SHIPPED, code_version
 
 T = TypeVar("T")
 log = logging.getLogger("tessera.ray")
@@ -74,9 +75,9 @@ def _connect(address: str) -> None:
         options |= {"include_dashboard": False, "object_store_memory": 200 << 20}
         options |= {"_node_ip_address": "127.0.0.1"}
     else:
-        # workers of a cluster have the environment and the code of their raylet, not ours
+        # workers of a cluster have the environment and the code of their raylet, if any, not ours
         options["runtime_env"] = {
-            "env_vars": _environment(_PASSED_ON),
+            "env_vars": _environment(_PASSED_ON) | {SHIPPED: code_version()},
             "worker_process_setup_hook": _hook(_environment(_SECRET)),
             "py_modules": [str(_ROOT / name) for name in _CODE],
             "excludes": ["__pycache__"],

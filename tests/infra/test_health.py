@@ -79,12 +79,12 @@ def test_a_sound_cluster_has_nothing_to_do_and_equal_nodes_share_rows():
         (with_facts(versions=()), FOLDER, "versions", "bad", "python missing, .*; torch missing", "install"),
         (replace(NODE, facts=None, problem="no answer within 60 s"), FOLDER, "node", "bad", "no answer", "ray status"),
         (
-            replace(NODE, facts=None, problem="ModuleNotFoundError: No module named 'infra'"),
+            replace(NODE, facts=None, problem="ModuleNotFoundError: No module named 'numba'"),
             FOLDER,
             "node",
             "bad",
             "No module named",
-            "install the driver's version of Tessera",
+            "install the packages of constraints.txt",
         ),
         (
             with_facts(store=StoreFacts("cannot write /store/x: Permission denied; choose a folder")),

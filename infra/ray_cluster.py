@@ -86,7 +86,8 @@ def _connect(address: str) -> None:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise TesseraError(
-            f"Ray at {address!r} does not answer ({error}); start it, or check RAY_AUTH_MODE and the token"
+            f"Ray at {address!r} does not answer ({error}); start it, make this machine a node of it (ray start "
+            "--address=<head>:6379 --num-cpus=0), or check RAY_AUTH_MODE and the token"
         ) from error
 
 

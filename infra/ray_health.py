@@ -175,7 +175,8 @@ def _try(address: str, seconds: float) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
         raise TesseraError(
-            f"Ray at {address!r}: no answer within {seconds:g} s; is this the port of Ray's head (6379 if nobody chose "
+            f"Ray at {address!r}: no answer within {seconds:g} s; is this machine a node of that cluster (`ray start "
+            f"--address={address} --num-cpus=0` makes it one), is this the port of Ray's head (6379 if nobody chose "
             "another), and does `ray status` on the head answer?"
         ) from error
     if done.returncode != 0:

@@ -145,6 +145,11 @@ def play(stage: Stage, tell: Chronicle) -> str:
         code, told = stage.first.run("python", "-m", "pipelines.doctor", **bare)
         line = next((line for line in told.splitlines() if "token" in line.lower()), told)
         tell.expect(code == 1 and "token" in line, f"doctor: {' '.join(line.split())}")
+    with tell.chapter("from a machine that is no node"):
+        put_code(stage.third)
+        code, told = stage.third.run("python", "-m", "pipelines.doctor", **stage.first.environ)
+        line = next((line for line in told.splitlines() if line.startswith("bad")), told)
+        tell.expect(code == 1 and "ray start --address" in line, f"doctor: {' '.join(line.split())}")
     with tell.chapter("train-coco on both machines"):
         job = f"job={json.dumps(JOB)}"
         _, told = stage.first.run("prefect", "deployment", "run", "train-coco/train-coco", "--param", job)

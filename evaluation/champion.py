@@ -70,7 +70,7 @@ class Verdict:
 
 def history(store: Store) -> list[Champion]:
     """All entries, the first one first."""
-    return [Champion(**json.loads(store.read(entry.key))) for entry in store.list(f"{FOLDER}/")]
+    return [Champion(**artifacts.read_json(store, entry.key)) for entry in store.list(f"{FOLDER}/")]
 
 
 def current(store: Store) -> Champion:
@@ -80,7 +80,7 @@ def current(store: Store) -> Champion:
         raise TesseraError(
             f"{store.url}: no champion yet; name one: python -m pipelines.champion {store.url} --set <evaluation>"
         )
-    return Champion(**json.loads(store.read(keys[-1])))
+    return Champion(**artifacts.read_json(store, keys[-1]))
 
 
 def follow(store: Store, entry: Champion) -> bool:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from evaluation.pq import PQStats, ious, joint_labels, match, summarise, tally
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
+from preprocessing.files import File, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
+from preprocessing.opening import BROKEN
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def score_image(truth: Entry, prediction: Entry, categories: int) -> PQStats:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(File(str(path)).read())
     except (OSError, RecursionError, ValueError) as error:
         raise TesseraError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
@@ -102,6 +103,8 @@ def read_entry(annotation: dict[str, Any], path: Path, pngs: Path, labels: Label
     if not isinstance(name, str) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         expected = "expected a file_name and segments_info, a list of objects"
         raise TesseraError(f"{path}: image {annotation.get('image_id')}: {expected}")
+    if leads_outside(name):
+        raise TesseraError(f"{path}: image {annotation.get('image_id')}: {name!r} leads outside of {pngs}")
     png, ids, categories = pngs / name, [row.get("id") for row in rows], [row.get("category_id") for row in rows]
     for number, category, crowd in zip(ids, categories, (row.get("iscrowd", 0) for row in rows), strict=True):
         if not isinstance(number, int) or not 0 < number <= rgb_ids.MAX_ID:
@@ -122,8 +125,8 @@ def read_entry(annotation: dict[str, Any], path: Path, pngs: Path, labels: Label
 
 def _read_png(entry: Entry) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
     try:
-        labels_HW, (area_N, *_) = rgb_ids.read_labels(entry.png.read_bytes(), entry.ids_N)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        labels_HW, (area_N, *_) = rgb_ids.read_labels(File(str(entry.png)).read(), entry.ids_N)
+    except BROKEN as error:
         raise TesseraError(f"{entry.png}: not a readable panoptic PNG ({error})") from error
     return labels_HW, area_N
 

@@ -60,10 +60,10 @@ def read_evaluation(url: str) -> Evaluated:
         raise TesseraError(f"{url}: its data set {manifest['val_set']} has no manifest any more")
     by_image = {
         int(i): PQStats.from_sparse_json(rows, len(val_set.labels))
-        for i, rows in json.loads(store.read(f"{path}/images.json")).items()
+        for i, rows in artifacts.read_json(store, f"{path}/images.json").items()
     }
     hours = run["workers"] * run["seconds"] / 3600
-    summary, options = json.loads(store.read(f"{path}/report.json")), _flat(run["recipe"])
+    summary, options = artifacts.read_json(store, f"{path}/report.json"), _flat(run["recipe"])
     options |= _flat(manifest["decode"], "method.decode.")  # another than the run's, where it was evaluated again
     return Evaluated(manifest["recipe"], store, path, summary, Table.of(by_image), val_set, options, hours)
 
@@ -165,7 +165,7 @@ def draw(rows: Sequence[Row], image_ids: Sequence[int]) -> dict[int, dict[str, s
 
 
 def _predictions(one: Evaluated, image_ids: Sequence[int]) -> dict[int, PanopticMap]:
-    listed = json.loads(one.store.read(f"{one.path}/predictions.json"))["annotations"]
+    listed = artifacts.read_json(one.store, f"{one.path}/predictions.json")["annotations"]
     entries = {entry["image_id"]: entry for entry in listed if entry["image_id"] in image_ids}
     pngs = {i: one.store.read(f"{one.path}/predictions/{entry['file_name']}") for i, entry in entries.items()}
     return {i: read_map(pngs[i], entry, one.val_set.labels) for i, entry in entries.items()}

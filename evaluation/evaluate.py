@@ -84,7 +84,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     name = job.shard.key.rsplit("/", 1)[-1].removesuffix(".tar")
     key = f"{job.path}/shards/{name}.json"
     if store.exists(key):
-        return _from_json(json.loads(store.read(key)))
+        return _from_json(artifacts.read_json(store, key))
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
     for samples in load_samples(job.store_url, job.shard, method.images_at_once):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.plots import svg
+from evaluation.plots import literal, svg
 
 PANELS = ("PQ", "things", "things without classes", "stuff")
 """Figures that are drawn."""
@@ -102,7 +102,7 @@ def _curve(name: str, rows: Sequence[Points]) -> str:
             marker="o",
             capsize=3,
             linewidth=1.2,
-            label=label or None,
+            label=literal(label) or None,
         )
     if min(values) > 0 and max(values) / min(values) >= _WIDE:
         axes.set_xscale("log")
@@ -135,4 +135,4 @@ def _tidy(axes: Axes) -> None:
 
 
 def _short(title: str) -> str:
-    return title if len(title) <= 40 else f"{title[:39]}…"
+    return literal(title if len(title) <= 40 else f"{title[:39]}…")

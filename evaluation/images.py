@@ -3,8 +3,6 @@
 Colour profiles are ignored, as training ignores them.
 """
 
-import io
-import struct
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,28 +11,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from infra.errors import TesseraError
+from preprocessing.opening import BROKEN, FORMATS, open_image
 from preprocessing.pictures import Picture
 from preprocessing.source import ORIENTATION
 
-# No others: Pillow runs Ghostscript for EPS, and its rarer readers are written for friendly files.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 _READ = "jpg jpeg jpe jfif mpo png webp tif tiff gif bmp ppm pgm pbm pnm jp2 j2k avif"
 _NAMED = "heic heif jxl"  # pictures, too, which this cannot read: better refused by name than passed over
 SUFFIXES = frozenset(f".{suffix}" for suffix in f"{_READ} {_NAMED}".split())
 """Names of pictures end in one of these, in lower case."""
 
-# What Pillow raises for damaged files, told by experience: its readers do not agree on one kind.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -67,19 +52,18 @@ def read_image(data: bytes, upright: bool = True) -> UserImage:
         raise TesseraError("the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata; the pixels are checked
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return _read(data, upright)
         except UnidentifiedImageError as error:
             raise TesseraError(f"no image of a kind that is read here: {', '.join(FORMATS)}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except Image.DecompressionBombError as error:
             raise TesseraError(f"more pixels than the {Image.MAX_IMAGE_PIXELS} that are read") from error
-        except _BROKEN as error:
+        except BROKEN as error:
             raise TesseraError(f"a damaged image ({error})") from error
 
 
 def _read(data: bytes, upright: bool) -> UserImage:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with open_image(data) as image:
         image.load()
         _refuse_unfinished(image, data)
         notes: list[str] = []
@@ -125,7 +109,7 @@ def _from_deep(image: Image.Image, notes: list[str]) -> Image.Image:
 def _turned(rgb: Image.Image, image: Image.Image, notes: list[str]) -> Image.Image:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except _BROKEN:
+    except BROKEN:
         notes.append("its EXIF data cannot be read: taken as it lies")
         return rgb
     if orientation not in _TURNS:
@@ -136,6 +120,6 @@ def _turned(rgb: Image.Image, image: Image.Image, notes: list[str]) -> Image.Ima
 
 def _frames(image: Image.Image) -> int:
     """1 where a later frame is damaged: the first one was read."""
-    with suppress(*_BROKEN):
+    with suppress(*BROKEN):
         return int(getattr(image, "n_frames", 1))
     return 1

@@ -96,7 +96,7 @@ def sizes(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ):
         for name, rows in series.items():
             known = [(place, value(row)) for place, row in enumerate(rows) if value(row) is not None]
-            axes.plot([place for place, _ in known], [v for _, v in known], marker="o", label=name)
+            axes.plot([place for place, _ in known], [v for _, v in known], marker="o", label=literal(name))
         rows = next(iter(series.values()))
         axes.set(title=title, xlabel="square root of the area, px", ylim=(0, 100))
         axes.set_xticks(range(len(rows)), [f"{row['size']}\n({row['instances']})" for row in rows], fontsize=8)
@@ -104,6 +104,11 @@ def sizes(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
     return svg(figure)
+
+
+def literal(text: str) -> str:
+    """Text as a chart is to show it: what stands between two dollars would be taken for a formula, and may be none."""
+    return text.replace("$", r"\$")
 
 
 def svg(figure: Figure) -> str:

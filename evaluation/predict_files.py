@@ -18,6 +18,7 @@ from evaluation.predict import Prediction, Predictor
 from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
 from infra.errors import TesseraError
 from infra.store import Store, open_store
+from preprocessing.files import check_size, shown
 from preprocessing.labels import LabelTable
 from preprocessing.source import stable_id
 
@@ -91,9 +92,10 @@ def _batches(work: Work, items: Sequence[Item], failed: list[Failure]) -> Iterat
     source, batch, pixels = open_store(work.source), list[tuple[Item, UserImage]](), 0
     for item in items:
         try:
+            check_size(item.bytes)
             image = read_image(source.read(item.name), work.upright)
-            _check_size(item, image)
-        except TesseraError as error:
+            _check_shape(item, image)
+        except (OSError, TesseraError) as error:
             failed.append(Failure(item.name, str(error)))
             continue
         size = math.prod(image.rgb_HW3.shape[:2])
@@ -106,7 +108,7 @@ def _batches(work: Work, items: Sequence[Item], failed: list[Failure]) -> Iterat
         yield batch
 
 
-def _check_size(item: Item, image: UserImage) -> None:
+def _check_shape(item: Item, image: UserImage) -> None:
     height, width = image.rgb_HW3.shape[:2]
     if item.size is not None and item.size != (height, width):
         raise TesseraError(f"the image is {width}x{height}, the list says {item.size[1]}x{item.size[0]}")
@@ -258,8 +260,3 @@ def told(row: Row, labels: LabelTable) -> str:
 
 def _counted(segments: int) -> str:
     return "1 segment" if segments == 1 else f"{segments} segments"
-
-
-def shown(name: str) -> str:
-    """A file's name for a terminal, which some names would upset."""
-    return name if name.isprintable() else ascii(name)

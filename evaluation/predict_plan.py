@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -52,6 +52,8 @@ class Item:
     """As a COCO list has it."""
     size: Size | None = None
     """Height, width as a COCO list has them."""
+    bytes: int = 0
+    """As they were listed; of a single file it is not known."""
 
     @property
     def png(self) -> str:
@@ -141,7 +143,7 @@ def _found(source: str, output: str) -> tuple[Store, list[Item], list[str]]:
     if not entries:
         raise TesseraError(f"{source}: no such file, nor a folder with any")
     pictures = [e for e in entries if PurePosixPath(e.key).suffix.lower() in SUFFIXES]
-    items = [Item(e.key, artifacts.digest(e.size, e.modified.isoformat())) for e in pictures]
+    items = [Item(e.key, artifacts.digest(e.size, e.modified.isoformat()), bytes=e.size) for e in pictures]
     return root, items, sorted({e.key for e in entries} - {item.name for item in items})
 
 
@@ -152,10 +154,10 @@ def _hidden(key: str) -> bool:
 
 def _matched(entries: Sequence[Item], found: Sequence[Item]) -> tuple[list[Item], tuple[Failure, ...]]:
     """The list's entries with the versions of their files, and those that have none."""
-    version_by_name = {item.name: item.version for item in found}
-    there = [Item(e.name, version_by_name[e.name], e.image_id, e.size) for e in entries if e.name in version_by_name]
+    by_name = {item.name: item for item in found}
+    there = [replace(by_name[e.name], image_id=e.image_id, size=e.size) for e in entries if e.name in by_name]
     absent = "the list has it, the input does not"
-    return there, tuple(Failure(e.name, absent) for e in entries if e.name not in version_by_name)
+    return there, tuple(Failure(e.name, absent) for e in entries if e.name not in by_name)
 
 
 def _read_list(url: str) -> list[Item]:
@@ -164,7 +166,7 @@ def _read_list(url: str) -> list[Item]:
     try:
         rows: list[Any] = json.loads(open_store(folder or "/").read(name))["images"]
         items = [Item(str(r["file_name"]), "", int(r["id"]), (int(r["height"]), int(r["width"]))) for r in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         expected = "expected `images` with id, file_name, height and width"
         raise TesseraError(f"{url}: no list of images ({expected}): {type(error).__name__} {error}") from error
     for what in ("image_id", "name"):

@@ -52,7 +52,7 @@ def read_report(recipe: Recipe, store_url: str, path: str) -> Report | None:
     manifest = artifacts.read_manifest(store, path)
     if manifest is None:
         return None
-    summary = json.loads(store.read(f"{path}/report.json"))
+    summary = artifacts.read_json(store, f"{path}/report.json")
     return Report(store.url_for(f"{path}/report.html"), summary, to_markdown(recipe, summary, manifest["images"]))
 
 

@@ -66,7 +66,7 @@ def begin(store: Store, planned: Round) -> Round:
     key = f"{planned.path}/plan.json"
     if store.create(key, json.dumps(asdict(planned), indent=1).encode()):
         return planned
-    content = json.loads(store.read(key))
+    content = artifacts.read_json(store, key)
     return Round(**content | {"uploads": tuple(content["uploads"])})
 
 

@@ -38,7 +38,15 @@ def split_url(url: str, step: str) -> tuple[str, str]:
 def read_manifest(store: Store, path: str) -> dict[str, Any] | None:
     """The manifest of a finished step, or None."""
     key = f"{path}/{MANIFEST}"
-    return json.loads(store.read(key)) if store.exists(key) else None
+    return read_json(store, key) if store.exists(key) else None
+
+
+def read_json(store: Store, key: str) -> Any:
+    """The content of a JSON that one of our steps wrote. TesseraError, naming its URL, if it is none."""
+    try:
+        return json.loads(store.read(key))
+    except (RecursionError, ValueError) as error:
+        raise TesseraError(f"{store.url_for(key)}: damaged, expected JSON ({error})") from error
 
 
 def write_manifest(store: Store, path: str, content: dict[str, Any]) -> None:

@@ -182,12 +182,20 @@ def _partial(path: Path, data: bytes) -> Iterator[Path]:
         whole.unlink(missing_ok=True)
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files under a folder, none if there is no such folder; files may come and go meanwhile."""
+def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files under a folder, none if there is no such folder; files may come and go meanwhile.
+
+    Neither pipes and devices, at which a reader would wait for ever, nor links to a folder around them: two of those
+    would take as long.
+    """
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        status = folder.stat()
+        here = status.st_dev, status.st_ino
+        if here in above:
+            return
         for item in found:
             if item.is_dir():
-                yield from _walk(Path(item))
-            elif not item.name.startswith(_PARTIAL):
+                yield from _walk(Path(item), above | {here})
+            elif item.is_file() and not item.name.startswith(_PARTIAL):
                 with suppress(FileNotFoundError):
                     yield Path(item), item.stat()

@@ -12,6 +12,7 @@ from evaluation.champion import current, history
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.jobs import StoredJob
+from preprocessing.files import shown
 from preprocessing.inbox import decisions, uploads, withdraw
 
 _WAITS, _NOT_WHOLE = "waits for the next round", "is not whole yet: no _SUCCESS, or it is older than the rest"
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "waits for the next round" if upload.whole else "not whole yet: no _SUCCESS, or it is older than the rest"
         )
         decision = known.get(upload.title)
-        told = f"{upload.name} {state}" if decision is None else decision.brief(store.url)
+        told = f"{shown(upload.name)} {state}" if decision is None else decision.brief(store.url)
         sys.stdout.write(f"{told} ({upload.objects} objects, {upload.bytes / 1e6:.1f} MB)\n")
     if not found:
         sys.stdout.write(f"{store.url}: the inbox is empty\n")

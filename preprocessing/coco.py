@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
-from preprocessing.files import File, Folder, Tree
+from preprocessing.files import File, Folder, Tree, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
+from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
 from preprocessing.source import (
     BadSample,
@@ -25,8 +25,8 @@ from preprocessing.source import (
     Record,
     Rejected,
     TooManyBad,
+    known_id,
     read_file,
-    stable_id,
     without_repeats,
 )
 
@@ -58,7 +58,7 @@ class CocoRecord(Record):
             return None
         try:
             labels_HW, measures = rgb_ids.read_labels(data, np.array([*rows], np.int32))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except BROKEN as error:
             defects.append(self.defect(f"not a readable panoptic PNG ({error})"))
             return None
         unlisted_HW = labels_HW == UNKNOWN
@@ -206,7 +206,7 @@ def _record(
     entry: dict[str, Any], images_by_id: dict[Any, list[dict[str, Any]]], masks: Folder, images: Folder
 ) -> CocoRecord:
     written, rows = entry.get("image_id"), entry.get("segments_info")
-    image_id = _image_id(written)
+    image_id = known_id(written)
     listed = images_by_id.get(written, [])
     if len(listed) != 1:
         count = f"is listed {len(listed)} times" if listed else "is not"
@@ -216,15 +216,6 @@ def _record(
     size = _whole(listed[0], "height"), _whole(listed[0], "width")
     image, mask = _name(listed[0], "the image's"), _name(entry, "the PNG's")
     return CocoRecord(image_id, images.file(image), size, masks.file(mask), tuple(rows))
-
-
-def _image_id(written: Any) -> int:
-    """A number is itself; names, as converters of other data sets write them, get one."""
-    if isinstance(written, str) and written.isprintable():
-        return stable_id(written)
-    if not isinstance(written, int):
-        raise BadSample(f"image_id is {written!r}, expected an integer or a name")
-    return written
 
 
 def _whole(entry: dict[str, Any], field: str) -> int:
@@ -238,7 +229,7 @@ def _name(entry: dict[str, Any], whose: str) -> str:
     name = entry.get("file_name")
     if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
         raise BadSample(f"{whose} file_name is {name!r}, expected a path")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if leads_outside(name):
         raise BadSample(f"{whose} file name {name!r} leads outside the data set")
     return name
 

@@ -20,8 +20,13 @@ from typing import BinaryIO
 from infra.errors import NoSuchObject, TesseraError
 from infra.store import open_store
 
-MAX_BYTES = 1 << 30
-"""Largest member of a zip, or object, that is read into memory: a guard against zip bombs."""
+MAX_BYTES = 1 << 31
+"""Largest file, member of a zip or object that is read into memory: a guard against bombs."""
+
+_MOST_INFLATED = 100
+"""How much larger a zip in a zip may be than what it is packed in; a bomb is up to 1032 times as large."""
+_SMALL = 1 << 24
+"""Bytes up to which it may be anything."""
 
 _S3 = "s3://"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -58,7 +63,7 @@ class File:
     """Bytes of an object as the store's listing has them; None where that lacks it: then nobody asks for it."""
 
     def __str__(self) -> str:
-        return f"{self.path}/{self.inside}" if self.inside else self.path
+        return shown(f"{self.path}/{self.inside}" if self.inside else self.path)
 
     @property
     def name(self) -> str:
@@ -75,7 +80,7 @@ class File:
         if self.member is None:
             self._check_regular()
             return Path(self.path).read_bytes()
-        _check_size(self.member.size)
+        check_size(self.member.size)
         data = b"".join(_inflated(self.member, self._disk()))
         if zlib.crc32(data) != self.member.crc:
             raise OSError("its checksum in the zip disagrees")
@@ -98,7 +103,7 @@ class File:
         return self.path.startswith(_S3)
 
     def _read_object(self) -> bytes:
-        _check_size(self.size())
+        check_size(self.size())
         bucket, _, key = self.path.removeprefix(_S3).partition("/")
         store = open_store(_S3 + bucket)
         try:
@@ -111,13 +116,14 @@ class File:
             raise FileNotFoundError("the object is gone since the data set was listed") from error
 
     def _check_regular(self) -> None:
-        """A pipe in the place of a file would keep its reader waiting for ever."""
+        """A pipe in the place of a file would keep its reader waiting for ever, a sparse one can be of any size."""
         try:
-            regular = stat.S_ISREG(Path(self.path).stat().st_mode)
+            found = Path(self.path).stat()
         except NotADirectoryError as error:
             raise FileNotFoundError(f"there is none in {error.filename}") from error
-        if not regular:
+        if not stat.S_ISREG(found.st_mode):
             raise OSError("it is no regular file")
+        check_size(found.st_size)
 
     def _disk(self) -> str:
         container = self.member and self.member.container
@@ -220,7 +226,19 @@ def _telling(path: Path) -> Iterator[None]:
         raise TesseraError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _check_size(size: int) -> None:
+def shown(name: str) -> str:
+    """A file's name for a terminal, a log or a page, which some names would upset."""
+    return name if name.isprintable() else ascii(name)
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
+
+
+def check_size(size: int) -> None:
+    """Raises OSError for more bytes than are read at once."""
     if size > MAX_BYTES:
         raise OSError(f"{size} bytes are too many for one file, at most {MAX_BYTES} are read")
 
@@ -297,6 +315,8 @@ def _unpacked(archive: File) -> str:
     member = archive.member
     assert member is not None
     folder = Path(os.environ.get("TESSERA_CACHE") or Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}")
+    if member.size > max(_SMALL, _MOST_INFLATED * member.stored):
+        raise OSError(f"it would inflate from {member.stored} bytes to {member.size}, as only a zip bomb does")
     target = folder / f"{member.crc:08x}-{member.size}-{Path(archive.inside).name}"
     if target.exists():
         return str(target)

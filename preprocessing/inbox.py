@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from infra import artifacts
 from infra.copying import WHOLE
 from infra.errors import TesseraError
 from infra.store import Entry, Store
+from preprocessing.files import shown
 from preprocessing.labels import LabelTable
 from preprocessing.source import Index, Rejected
 from preprocessing.validate import Findings, examine_index, to_html
@@ -88,7 +90,7 @@ class Decision:
         known = f", {self.known} known already" if self.known else ""
         aside = f", {len(self.rejected)} set aside" if self.rejected else ""
         report = f", see {storage}/{self.report}" if self.report else ""
-        return f"{self.upload} {self.state}, {self.samples} new samples{known}{aside}{report}"
+        return f"{shown(self.upload)} {self.state}, {self.samples} new samples{known}{aside}{report}"
 
     def __str__(self) -> str:
         why = f": {self.reason}" if self.reason else ""
@@ -101,7 +103,8 @@ def uploads(store: Store) -> tuple[Upload, ...]:
     for entry in store.list(f"{INBOX}/"):
         name, inside, _ = entry.key.removeprefix(f"{INBOX}/").partition("/")
         if not inside:
-            log.warning("%s/%s: expected %s/<upload>/..., a folder for each upload", store.url, entry.key, INBOX)
+            told = "%s/%s: expected %s/<upload>/..., a folder for each upload"
+            log.warning(told, store.url, shown(entry.key), INBOX)
             continue
         folders.setdefault(name, []).append(entry)
     return tuple(_upload(name, entries) for name, entries in sorted(folders.items()))
@@ -150,6 +153,16 @@ def withdraw(store: Store, line: str, name: str) -> list[Decision]:
     for title, decision in taken.items():
         store.write(f"{DECISIONS}/{line}/{title}.json", json.dumps(asdict(decision), indent=1).encode())
     return [*taken.values()]
+
+
+def refuse_links(store: Store, upload: Upload) -> None:
+    """TesseraError for a link in an upload: in a folder it could lead to all that the worker may read."""
+    if store.url.startswith("s3://"):
+        return
+    folder = Path(store.url, upload.folder)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise TesseraError(f"{shown(str(path))}: a link, expected the file itself (pipelines.upload copies them)")
 
 
 @dataclass(frozen=True)

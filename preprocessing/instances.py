@@ -1,6 +1,7 @@
 """Instance masks over a semantic map: how both are merged, and COCO's detection JSON with semantic PNGs."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -11,18 +12,20 @@ from numpy.typing import NDArray
 
 from infra.errors import TesseraError
 from preprocessing import rle
-from preprocessing.files import File, Folder, Tree
+from preprocessing.files import File, Folder, Tree, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.paired import GRAY, find_folder, make_index, read_png, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
-from preprocessing.source import BadSample, Defect, Index, Record, Rejected, stable_id
+from preprocessing.source import BadSample, Defect, Index, Record, Rejected, known_id
 
 _LAYOUT = "a detection JSON with semantic PNGs"
 _VOID = 255
 """Void in semantic PNGs, unless a category has this id; so is 0, always."""
 _VALUES = 1 << 16
 """Of 16-bit gray."""
+_MOST_PIXELS = 1 << 33
+"""Of all masks of an image together, a byte each while they are merged."""
 
 
 class Instance(NamedTuple):
@@ -137,8 +140,8 @@ class InstancesRecord(Record):
         semantic_HW = self._semantics(labels, defects)
         if semantic_HW is None:
             return None
-        rows, instances = self._instances(labels, defects)
         try:
+            rows, instances = self._instances(labels, defects)
             labels_HW, segments = _painted(semantic_HW, instances, labels)
         except BadSample as problem:
             defects.append(self.defect(str(problem)))
@@ -172,10 +175,13 @@ class InstancesRecord(Record):
         return semantic_HW
 
     def _instances(self, labels: LabelTable, defects: list[Defect]) -> tuple[list[dict[str, Any]], list[Instance]]:
-        """Rows and masks of the annotations that can be understood."""
+        """Rows and masks of the annotations that can be understood. BadSample if they would not fit into memory."""
         assert self.size
         rows, instances = [], []
-        for row in json.loads(self.annotations):
+        listed = json.loads(self.annotations)
+        if len(listed) * math.prod(self.size) > _MOST_PIXELS:
+            raise BadSample(f"{len(listed)} masks of {self.size[1]}x{self.size[0]} pixels are too many for one image")
+        for row in listed:
             try:
                 _thing(row.get("category_id"), labels)
                 mask_HW = rle.decode(row.get("segmentation"), self.size)
@@ -285,15 +291,13 @@ def _record(entry: Any, rows: Mapping[Any, list[dict[str, Any]]], semantics: Fol
     if not isinstance(entry, dict):
         raise BadSample(f"an image is {entry!r}, expected an object")
     number, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
-    if not isinstance(number, int | str):
-        raise BadSample(f"an image has the id {number!r}, expected an integer or a name")
+    image_id = known_id(number)
     if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
         raise BadSample(f"image {number} has the size {height!r}, {width!r}, expected positive integers")
     if not isinstance(name, str) or not name.isprintable():
         raise BadSample(f"image {number} has the file_name {name!r}, expected a path")
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.name:
+    if leads_outside(name) or not path.name:
         raise BadSample(f"image {number}: the file name {name!r} leads outside the data set")
-    image_id = number if isinstance(number, int) else stable_id(number)
     mask = semantics.file(path.with_suffix(".png").as_posix())
     return InstancesRecord(image_id, images.file(name), (height, width), mask, json.dumps(rows[number]))

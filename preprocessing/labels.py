@@ -58,11 +58,13 @@ class LabelTable:
                 hint = " (is this the detection JSON?)" if "isthing" in missing else ""
                 raise TesseraError(f"{source}: category {entry} lacks {sorted(missing)}{hint}")
             try:
-                red, green, blue = (int(value) for value in entry.get("color") or _spread_color(position))
+                red, green, blue = (_byte(value) for value in entry.get("color") or _spread_color(position))
                 number = int(entry["id"])
             except (OverflowError, TypeError, ValueError) as error:
-                expected = "expected an integer id, and three integers as color"
+                expected = "expected an integer id, and three integers from 0 to 255 as color"
                 raise TesseraError(f"{source}: category {entry}: {expected}") from error
+            if not str(entry["name"]).isprintable():  # it stands in logs, tables and pages
+                raise TesseraError(f"{source}: category {entry}: expected a printable name")
             if entry["isthing"] not in (0, 1):
                 raise TesseraError(f"{source}: category {entry}: isthing must be 0 or 1")
             table.append(Category(number, str(entry["name"]), bool(entry["isthing"]), (red, green, blue)))
@@ -107,6 +109,13 @@ class LabelTable:
     def names(self) -> tuple[str, ...]:
         """By contiguous id."""
         return tuple(c.name for c in self.categories)
+
+
+def _byte(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number <= 255:
+        raise ValueError(number)
+    return number
 
 
 def _spread_color(position: int) -> tuple[int, int, int]:

@@ -1,15 +1,14 @@
 """What data sets without an annotation JSON share: files paired by name, PNGs whose pixels say what they are."""
 
-import io
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from preprocessing.files import File, Folder, Tree
 from preprocessing.kernels import relabel
 from preprocessing.labels import LabelTable
+from preprocessing.opening import BROKEN, open_image
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.source import Defect, Index, Record, Rejected, TooManyBad, read_file, without_repeats
 
@@ -48,11 +47,11 @@ def read_png(record: Record, file: File, modes: frozenset[str], defects: list[De
     if data is None:
         return None
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        with open_image(data, ("PNG",)) as image:
             if image.mode in modes:
                 return np.asarray(image).astype(np.int32)
             problem = f"the PNG has the mode {image.mode}, expected {_MEANING[modes]}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         problem = f"not a readable PNG ({error})"
     defects.append(record.defect(problem, file))
     return None

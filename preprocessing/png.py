@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from preprocessing.opening import check_pixels
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_LINES = (8, 2, 0, 0, 0)
 """Bit depth, colour type, compression, filtering and interlacing of what `rgb_scanlines` reads."""
@@ -17,7 +19,7 @@ def rgb_scanlines(data: bytes) -> NDArray[np.uint8] | None:
     """PNG bytes -> uint8 (H, 1 + 3 W): of each row the kind of its filter, 0 to 4, and its filtered RGB pixels.
 
     None for a PNG that is not 8-bit RGB or is interlaced. Raises ValueError saying what is damaged, and for an
-    image so large that Pillow, too, would refuse it. The GIL is released while inflating.
+    image of more pixels than `check_pixels` allows. The GIL is released while inflating.
     """
     chunks = list(_chunks(data))
     if chunks[0][0] != b"IHDR" or len(chunks[0][1]) != 13:
@@ -56,8 +58,10 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 def _check_size(width: int, height: int) -> None:
     if not width or not height:
         raise ValueError(f"the PNG is {width}x{height} pixels")
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"the PNG claims {width}x{height} pixels, more than {2 * Image.MAX_IMAGE_PIXELS}")
+    try:
+        check_pixels(width, height)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the PNG is too large: {error}") from error
 
 
 def _inflate(packed: bytes, size: int) -> bytearray:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from infra.errors import TesseraError
 from preprocessing.kernels import UNKNOWN, Measures, measure, read_scanlines, relabel
+from preprocessing.opening import open_image
 from preprocessing.png import rgb_scanlines
 
 MAX_ID = 256**3 - 1
@@ -27,8 +28,8 @@ def encode(ids_HW: NDArray[np.int32]) -> NDArray[np.uint8]:
 
 
 def read_png(data: bytes) -> NDArray[np.int32]:
-    """PNG bytes -> int32 ids (H, W). Raises what Pillow raises for unreadable data; ValueError if not RGB."""
-    with Image.open(io.BytesIO(data)) as image:
+    """PNG bytes -> int32 ids (H, W). Raises what `open_image` does for unreadable data; ValueError if not RGB."""
+    with open_image(data, ("PNG",)) as image:
         if image.mode != "RGB":
             raise ValueError(f"a panoptic PNG is 8-bit RGB, this one is {image.mode}")
         return decode(np.asarray(image))
@@ -40,7 +41,7 @@ def read_labels(data: bytes, ids_N: NDArray[np.int32]) -> tuple[NDArray[np.uint1
     ids_N: int32, distinct, 1..MAX_ID, fewer than UNKNOWN. Returns the labels, uint16 (H, W): i + 1 for ids_N[i],
     0 = void for id 0, UNKNOWN for ids that are not listed; and what `kernels.measure` returns, where UNKNOWN is
     left out: there is some if the areas do not add up to H W. Raises ValueError for damaged data and what is
-    not RGB; where Pillow has to read (interlaced PNGs), what Pillow raises.
+    not RGB, and what `open_image` does.
     """
     if ids_N.size >= UNKNOWN:
         raise TesseraError(f"{ids_N.size} segments in one image; at most {UNKNOWN - 1} fit")

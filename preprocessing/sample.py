@@ -12,9 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from infra.errors import TesseraError
+from preprocessing.files import MAX_BYTES
 from preprocessing.geometry import PADDING, Frame, Size, resize_labels
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
+from preprocessing.opening import BROKEN, open_image
 from preprocessing.panoptic_map import PanopticMap, Segment, visible
 from preprocessing.source import Record, usable
 
@@ -101,10 +104,13 @@ def _to_jpeg(rgb_HW3: NDArray[np.uint8]) -> bytes:
 def decode_image(data: bytes, grid: Size | None = None) -> NDArray[np.uint8]:
     """Image bytes -> uint8 RGB (H, W, 3), squashed to `grid` if given.
 
-    EXIF rotation is ignored, as COCO's annotations do.
+    EXIF rotation is ignored, as COCO's annotations do. TesseraError for what is no image, or too large.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        return to_rgb(image, grid)
+    try:
+        with open_image(data) as image:
+            return to_rgb(image, grid)
+    except BROKEN as error:
+        raise TesseraError(f"not a readable image ({error}); run precompute again if it is in a shard") from error
 
 
 def to_rgb(image: Image.Image, grid: Size | None) -> NDArray[np.uint8]:
@@ -142,12 +148,24 @@ def to_fields(sample: Sample) -> dict[str, bytes]:
 
 
 def from_fields(fields: Mapping[str, bytes]) -> Sample:
-    """Inverse of `to_fields`."""
-    facts = json.loads(fields["json"])
+    """Inverse of `to_fields`. TesseraError for fields that it cannot have made."""
+    try:
+        return _from_facts(json.loads(fields["json"]), fields)
+    except BROKEN as error:
+        told = f"{type(error).__name__}: {error}"
+        raise TesseraError(
+            f"a sample is not what precompute writes ({told}): {fields.get('json', b'')[:80]!r}"
+        ) from error
+
+
+def _from_facts(facts: Any, fields: Mapping[str, bytes]) -> Sample:
     arrays = {}
     for name, declared in facts["arrays"].items():
         dtype, shape = np.dtype(declared["dtype"]), declared["shape"]
-        raw = _lz4().decompress(fields[f"{name}.lz4"], dtype.itemsize * math.prod(shape))
+        size = dtype.itemsize * math.prod(shape)
+        if name not in ARRAYS or dtype.kind not in "iu" or size > MAX_BYTES:
+            raise ValueError(f"an array {name} of {dtype}, {size} bytes")
+        raw = _lz4().decompress(fields[f"{name}.lz4"], size)
         arrays[name] = np.frombuffer(raw, dtype).reshape(shape)
     segments = tuple(
         Segment(**{**row, "box": tuple(row["box"]), "centroid": row["centroid"] and tuple(row["centroid"])})

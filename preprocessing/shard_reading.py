@@ -30,8 +30,9 @@ def read_shard_samples(store_url: str, shard: Shard) -> Iterator[dict[str, bytes
     store, found = open_store(store_url), 0
     url = store.url_for(shard.key)
     for _, files in groupby(files_in(_whole(store, shard), url), key=lambda file: file[0].partition(".")[0]):
-        fields = {name.partition(".")[2]: data for name, data in files}
-        if not fields.keys() >= FIELDS:
+        listed = [(name.partition(".")[2], data) for name, data in files]
+        fields = dict(listed)
+        if len(fields) < len(listed) or not fields.keys() >= FIELDS:
             break
         found += 1
         yield fields
@@ -50,10 +51,12 @@ def files_in(tar: bytes, url: str) -> Iterator[tuple[str, bytes]]:
     while tar[end : end + 1] > b"\0":  # after the last file come zeros, or nothing
         name, octal = tar[end : end + 100].rstrip(b"\0"), tar[end + 124 : end + 135]
         kind, long_name = tar[end + 156 : end + 157], tar[end + 345 : end + 346]
-        if kind != b"0" or long_name != b"\0":
+        if kind != b"0" or long_name != b"\0" or not name.isascii() or not octal.isdigit():  # a sign would lead back
             raise TesseraError(f"{url}: expected only plain files with names of 100 bytes at most; run precompute")
         start = end + _BLOCK
         end = start + int(octal, 8)
+        if end > len(tar):
+            raise TesseraError(f"{url}: ends within {name.decode()}; run precompute")
         yield name.decode(), tar[start:end]
         end += -end % _BLOCK
 

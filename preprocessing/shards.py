@@ -200,7 +200,7 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
 def read_shard(store: Store, key: str) -> Shard | None:
     """The record of a finished shard, or None."""
     record = _record_key(key)
-    return _shard(json.loads(store.read(record))) if store.exists(record) else None
+    return _shard(artifacts.read_json(store, record)) if store.exists(record) else None
 
 
 def commit(

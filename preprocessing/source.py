@@ -1,7 +1,6 @@
 """What every kind of annotations offers: an index of records, each of which can be read by itself."""
 
 import hashlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from infra.errors import TesseraError
 from preprocessing.files import File
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
+from preprocessing.opening import BROKEN, open_image
 from preprocessing.panoptic_map import PanopticMap
 
 ORIENTATION = 0x0112
@@ -100,10 +100,16 @@ class Record(ABC):
 
         Masks are known by their contents. For images the size stands for them: people mend masks, and to read
         a full COCO only to find out that nothing changed would cost as much as computing the targets.
+
+        Raises TesseraError for facts that are nested so deeply that they could just be read.
         """
         masks = [(mask.name, _or_minus_one(mask.crc)) for mask in self.masks]
         facts = [self.image_id, self.image.name, _or_minus_one(self.image.size), masks, self.size, self.facts()]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        try:
+            return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        except RecursionError as error:
+            named = f"{self.masks[0]}: image {self.image_id}"
+            raise TesseraError(f"{named} is nested too deeply in the JSON, expected segments_info") from error
 
     def defect(
         self, problem: str, file: File | None = None, segment: int | None = None, usable: bool = False
@@ -129,19 +135,18 @@ class Record(ABC):
         if data is None:
             return b"", None
         try:
-            picture = Image.open(io.BytesIO(data))
+            picture = open_image(data)
             picture.load()
             # Pillow fills what an interrupted download left as zeros with grey; some cameras write after the end
             if picture.format == "JPEG" and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]:
                 raise OSError("the JPEG has no end marker")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except BROKEN as error:
             why = "of no format that is known" if isinstance(error, UnidentifiedImageError) else error
             defects.append(self.defect(f"not a readable image ({why})", self.image))
             return data, None
         if picture.mode.startswith(("I", "F")):
             defects.append(self.defect(f"the image has more than 8 bits a channel ({picture.mode})", self.image))
-        if picture.getexif().get(ORIENTATION, 1) != 1:
-            problem = "EXIF says that the image is to be rotated; that is ignored, as COCO's annotations do"
+        if problem := _odd_exif(picture):
             defects.append(self.defect(problem, self.image, usable=True))
         return data, picture
 
@@ -181,6 +186,25 @@ def read_file(record: Record, file: File, defects: list[Defect]) -> bytes | None
     except OSError as error:
         defects.append(record.defect(f"cannot be read ({error.strerror or error})", file))
         return None
+
+
+def _odd_exif(picture: Image.Image) -> str:
+    try:
+        turned = picture.getexif().get(ORIENTATION, 1) != 1
+    except BROKEN:
+        return "its EXIF data cannot be read: taken as it lies"
+    return "EXIF says that the image is to be rotated; that is ignored, as COCO's annotations do" if turned else ""
+
+
+def known_id(written: Any) -> int:
+    """The id of an image as an annotation has it: a number is itself, a name gets one. Raises BadSample."""
+    if isinstance(written, str) and written.isprintable():
+        return stable_id(written)
+    if not isinstance(written, int):
+        raise BadSample(f"image_id is {written!r}, expected an integer or a name")
+    if not 0 <= written < 1 << 63:  # others are no seed, and give a name that a shard cannot hold
+        raise BadSample(f"image_id is {str(written)[:20]}, expected 0 to 2^63 - 1")
+    return written
 
 
 def stable_id(name: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infra.errors import TesseraError
 from infra.store import Store
+from training.backbones.weights import load_plain
 
 State = dict[str, Any]
 """What a run goes on from; tensors and plain values only, the same for any number of workers.
@@ -64,7 +65,7 @@ def read_state(store: Store, run: str, step: int) -> State:
     key = _key(run, step)
     data = store.read(key)
     try:
-        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        state = load_plain(data)
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}")
     except MemoryError:

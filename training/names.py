@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store
 
@@ -15,7 +16,7 @@ def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
     key = _key(name)
     if not store.exists(key):
         return
-    known, now = _flat(json.loads(store.read(key))["facts"]), _flat(facts)
+    known, now = _flat(artifacts.read_json(store, key)["facts"]), _flat(facts)
     if facts.get("init") not in (None, known.get("init")):
         return
     differ = [

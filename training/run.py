@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -65,8 +66,21 @@ def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None
 def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -> Method:
     """The trained method of a finished run, in evaluation mode, on the CPU."""
     method = recipe.build(labels)
-    method.load_state_dict(load(open_store(store_url).read(f"{path}/{WEIGHTS}")))
+    store = open_store(store_url)
+    try:
+        method.load_state_dict(_weights(store, path))
+    except RuntimeError as error:
+        raise TesseraError(f"{store.url_for(path)}/{WEIGHTS}: not of this run's network: {error}") from error
     return method.eval()
+
+
+def _weights(store: Store, path: str) -> dict[str, Tensor]:
+    """The trained weights of a run. TesseraError, naming the URL, if they are damaged."""
+    data = store.read(f"{path}/{WEIGHTS}")
+    try:
+        return load(data)
+    except (SafetensorError, ValueError) as error:
+        raise TesseraError(f"{store.url_for(path)}/{WEIGHTS}: expected safetensors ({error})") from error
 
 
 def write_weights(store: Store, path: str, weights: dict[str, Tensor]) -> None:
@@ -110,7 +124,7 @@ def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str)
     if content is None:
         raise TesseraError(f"{store.url_for(init)}: no finished run to start from")
     theirs = _labels_of(store, init, content)
-    weights = load(store.read(f"{init}/{WEIGHTS}"))
+    weights = _weights(store, init)
     with torch.device("meta"):
         ours, more = (recipe.build(table).state_dict() for table in (labels, _with_one_more(labels)))
     if _categories(theirs) != _categories(labels):

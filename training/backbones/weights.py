@@ -1,10 +1,12 @@
 """Published weights: where they are read from, and what of them arrived."""
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def parse(content: bytes, name: str) -> State:
         found = load(content)
     except Exception:  # noqa: BLE001 (of a file that is no safetensors it says so in many ways)
         try:
-            found = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+            found = load_plain(content)
         except Exception as error:
             raise TesseraError(f"weights {name}: expected safetensors or a PyTorch file of tensors") from error
     for nest in ("state_dict", "model"):
@@ -68,10 +70,36 @@ def parse(content: bytes, name: str) -> State:
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
     if not tensors:
         raise TesseraError(f"weights {name}: expected a dict of tensors by name, found {type(found).__name__}")
+    inflated = tuple(k for k, v in tensors.items() if not _is_held(v))
+    if inflated:
+        raise TesseraError(f"weights {name}: entries with more elements than the file holds: {few(inflated)}")
     spoiled = tuple(k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all())
     if spoiled:
         raise TesseraError(f"weights {name}: not finite: {few(spoiled)}")
     return tensors
+
+
+def load_plain(content: bytes) -> Any:
+    """What torch.save wrote: tensors and plain values, on the CPU. Nothing in it is run.
+
+    ValueError if it holds anything else, or would inflate to more than it is; otherwise what torch raises, which is
+    whatever the damage leads to.
+    """
+    if zipfile.is_zipfile(BytesIO(content)):
+        with zipfile.ZipFile(BytesIO(content)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > len(content):
+                raise ValueError("its parts are compressed, as torch never writes them")
+    try:
+        return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own text advises to load it all the same
+        raise ValueError("it holds something other than tensors and plain values, or is damaged") from error
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether each element has bytes of its own: a pickle may repeat one as often as it likes, or have none."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read(source: str) -> bytes:

@@ -1,7 +1,7 @@
 """`make machines`: train-coco on two machines with the store and the Prefect server on a third, all on this host.
 
 `python -m tests.machines [--out FOLDER]`, as root. Exit code 1 if anything was not as it was to be. Writes story.md,
-doctor.txt, traffic.png and screenshots of the Prefect UI.
+traffic.png, a screenshot of the flow run's page, and what the doctor says of sound and broken set-ups.
 """
 
 import argparse
@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 from tests.day.chronicle import Chronicle
-from tests.machines import picture
+from tests.day.report import to_markdown
+from tests.machines import picture, sick, story
 from tests.machines.net import machines
-from tests.machines.story import environ, play, set_up, watching
+from tests.machines.stage import environ, set_up
+from tests.machines.traffic import Traffic
 
 _STARTED = time.monotonic()
 _NAMES = ["one", "two", "three"]
@@ -27,22 +29,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(".tessera/machines"), help="folder of the results")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    tell = Chronicle(_say)
+    tell, doctors = Chronicle(_say), Chronicle(_say)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # networks outlive processes: take them down, too
     with tempfile.TemporaryDirectory(prefix="machines-") as scratch:
         folder = Path(scratch)
         with machines(folder, _NAMES, environ(_NAMES)) as parts:
-            traffic, over = watching(parts)
+            traffic = Traffic(parts)
             try:
-                stage = set_up(*parts, tell)
-                run = play(stage, tell)
+                with traffic.watched():
+                    stage = set_up(*parts, tell)
+                    run = story.play(stage, tell)
                 picture.write(out, tell, traffic, stage, run)
+                sick.play(stage, doctors)
             finally:
-                over.set()
-                for log in (*folder.glob("*/*.log"), *folder.glob("*/doctor.txt")):
+                for log in (*folder.glob("*/*.log"), *folder.glob("*/doctor-*.txt")):
                     shutil.copy(log, out / f"{log.parent.name}-{log.name}")
-    _say(f"{'all as it was to be' if tell.good else 'NOT all as it was to be'}: {out}")
-    return int(not tell.good)
+    (out / "doctor.md").write_text(to_markdown(doctors))
+    good = tell.good and doctors.good
+    _say(f"{'all as it was to be' if good else 'NOT all as it was to be'}: {out}")
+    return int(not good)
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,8 @@ from playwright.sync_api import sync_playwright
 
 from tests.day.chronicle import Chronicle
 from tests.day.report import to_markdown
-from tests.machines.story import Stage, Traffic
+from tests.machines.stage import Stage
+from tests.machines.traffic import Traffic
 
 _SECONDS = 4.0  # until a page of the UI has fetched what it shows
 _SENT, _GOT = "#0b6e99", "#d95f02"

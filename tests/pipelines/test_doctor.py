@@ -101,13 +101,11 @@ def test_all_is_well_on_this_machine_and_the_flow_leaves_its_table(tmp_path, mon
 
 @pytest.fixture
 def two_nodes(tmp_path, monkeypatch):
-    """A head, and a node with another Tessera, a clock 100 s fast and a full disk: so its Python finds them."""
+    """A head, and a node with another Numba, a clock 100 s fast and a full disk: so its Python finds them."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     odd = tmp_path / "odd"
-    (odd / "tessera_panoptic-9.9.dist-info").mkdir(parents=True)
-    (odd / "tessera_panoptic-9.9.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: tessera-panoptic\nVersion: 9.9\n"
-    )
+    (odd / "numba-9.9.dist-info").mkdir(parents=True)
+    (odd / "numba-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numba\nVersion: 9.9\n")
     (odd / "sitecustomize.py").write_text(
         "import shutil, time\n"
         "real, free = time.time, shutil.disk_usage\n"
@@ -137,7 +135,7 @@ def test_a_sick_node_and_a_silent_one_are_named(two_nodes, tmp_path):
     (where,) = {line.split()[2] for line in bad}
     assert where.endswith(f"#{node.node_id[:6]}")
     assert [line.split()[1] for line in bad] == ["versions", "clock", "disk"]
-    assert "tessera 9.9 " in bad[0]
+    assert "numba 9.9, the driver has" in bad[0]
     assert " s ahead of the driver's" in bad[1]
     assert "0.10 GB free for" in bad[2]
 

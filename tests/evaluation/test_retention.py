@@ -28,7 +28,7 @@ from preprocessing import inbox, shards
 from preprocessing.coco import read_index
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import ShardConfig, ShardSet, compute_shard, plan, read_set
-from preprocessing.synthetic import SyntheticConfig, write_set
+from preprocessing.synthetic import STORED, SyntheticConfig, write_set
 from tests.support.finished_run import finished_run
 from tests.support.shard_sets import make_set
 from training import checkpoints, names
@@ -174,7 +174,7 @@ def check_whole(store: Store, whole: Objects) -> None:
 
 
 def test_the_folders_are_called_as_elsewhere():
-    ours = [shards.FOLDER, rounds.FOLDER, champion.FOLDER, inbox.INBOX, inbox.DECISIONS, inbox.QUARANTINE]
+    ours = [shards.FOLDER, rounds.FOLDER, champion.FOLDER, inbox.INBOX, inbox.DECISIONS, inbox.QUARANTINE, STORED]
     assert {*ours, in_use.FOLDER, "train", "evaluate", "ablate", "tune", "names"} == {*KINDS}
     assert debug().run_path("x").startswith("train/")
     assert evaluation_path(debug(), "x", "y").startswith("evaluate/")

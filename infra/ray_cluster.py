@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ _CODE = ("evaluation", "infra", "pipelines", "preprocessing", "training")
 _PASSED_ON = ("NUMBA_", "RAY_TRAIN_", "TESSERA_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_")
 _SECRET = ("AWS_", "HF_")  # some are, and which ones is for boto3 and the hub to say
 _WITHDRAW_SECONDS = 5.0
+_LOOK_SECONDS = 1.0  # between questions how large the cluster is: each costs half a millisecond
 
 
 @contextmanager
@@ -135,9 +137,12 @@ def map_tasks(
     """
     remote = ray.remote(_heard(function)).options(num_cpus=1, max_retries=2, name=function.__name__, **options)
     waiting, pending, results = iter(arguments), list[Any](), list[T]()
+    window, looks = 0, 0.0
     try:
         while True:
-            pending += [remote.remote(*a) for a in islice(waiting, max(0, _window() - len(pending)))]
+            if time.monotonic() >= looks:
+                window, looks = _window(), time.monotonic() + _LOOK_SECONDS
+            pending += [remote.remote(*a) for a in islice(waiting, max(0, window - len(pending)))]
             if not pending:
                 return results
             with _signals_pass():

@@ -25,6 +25,7 @@ def test_warnings_of_tasks_are_in_the_drivers_log_with_their_machine(caplog: pyt
 
 def test_arguments_are_taken_only_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray_cluster, "_window", lambda: 2 + len(done) // 2)  # a cluster that grows
+    monkeypatch.setattr(ray_cluster, "_LOOK_SECONDS", 0)
     taken, done, most = list[int](), list[int](), list[int]()
 
     def arguments() -> Iterator[tuple[int]]:

@@ -1,7 +1,8 @@
 """`make machines`: train-coco on two machines with the store and the Prefect server on a third, all on this host.
 
-`python -m tests.machines [--out FOLDER]`, as root. Exit code 1 if anything was not as it was to be. Writes story.md,
-traffic.png, a screenshot of the flow run's page, and what the doctor says of sound and broken set-ups.
+`python -m tests.machines [--out FOLDER] [PART ...]`, as root; parts are story and doctor. Exit code 1 if anything was
+not as it was to be. Writes story.md, traffic.png, a screenshot of the flow run's page, and doctor.md: what the doctor
+says of sound and broken set-ups.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from tests.machines.stage import environ, set_up
 from tests.machines.traffic import Traffic
 
 _STARTED = time.monotonic()
+_PARTS = ["story", "doctor"]
 _NAMES = ["one", "two", "three"]
 
 
@@ -27,7 +29,10 @@ def main() -> int:
     """Play it."""
     parser = argparse.ArgumentParser(prog="python -m tests.machines", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(".tessera/machines"), help="folder of the results")
-    out: Path = parser.parse_args().out
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *_PARTS], help="story, doctor; none: both")
+    given = parser.parse_args()
+    out: Path = given.out
+    wanted = given.parts or _PARTS
     out.mkdir(parents=True, exist_ok=True)
     tell, doctors = Chronicle(_say), Chronicle(_say)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # networks outlive processes: take them down, too
@@ -38,9 +43,11 @@ def main() -> int:
             try:
                 with traffic.watched():
                     stage = set_up(*parts, tell)
-                    run = story.play(stage, tell)
-                picture.write(out, tell, traffic, stage, run)
-                sick.play(stage, doctors)
+                    run = story.play(stage, tell) if "story" in wanted else ""
+                if run:
+                    picture.write(out, tell, traffic, stage, run)
+                if "doctor" in wanted:
+                    sick.play(stage, doctors)
             finally:
                 for log in (*folder.glob("*/*.log"), *folder.glob("*/doctor-*.txt")):
                     shutil.copy(log, out / f"{log.parent.name}-{log.name}")

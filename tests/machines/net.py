@@ -104,7 +104,9 @@ def _machine(
     Path(f"/etc/netns/{name}").mkdir(parents=True, exist_ok=True)
     Path(f"/etc/netns/{name}/hosts").write_text(hosts)  # ip netns exec binds it over /etc/hosts
     cable = _cable(name)
-    _sh(f"ip link add {cable} type veth peer name eth0 netns {name} && ip link set {cable} master {_BRIDGE} up")
+    _sh(f"ip link add {cable} type veth peer name eth0 netns {name}")
+    stack.callback(_sh, f"ip link del {cable}")  # a namespace goes when its last process has: that can take a while
+    _sh(f"ip link set {cable} master {_BRIDGE} up")
     _sh(f"ip -n {name} addr add {address}/24 dev eth0 && ip -n {name} link set eth0 up")
     command = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
     command += ["--mount-proc", "bash", "-c", _SETUP, "setup", str(folder), sys.prefix, str(ROOT), name]

@@ -1,5 +1,6 @@
 """The doctor, where all is well and where something is broken, for real: what it says, and that it says it there."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def _restart(stage: Stage, environ: str) -> None:
         code, told = stage.first.run("python", "-c", _NODES)
         if code:
             raise TesseraError(told)
-        return {*told.splitlines()[-1].split()}
+        return {*re.findall(r"\b[0-9a-f]{56}\b", told)}
 
     before = nodes()
     second.run("ray", "stop", "--force")

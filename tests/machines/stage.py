@@ -91,7 +91,8 @@ def set_up(first: Machine, second: Machine, third: Machine, tell: Chronicle) -> 
     with tell.chapter("three machines start"):
         put_code(first)
         _start_store(stage)
-        third.start("prefect", "prefect", "server", "start", "--host", "0.0.0.0")
+        page = f"PREFECT_SERVER_UI_API_URL={stage.url}/api"  # the host's browser does not know the machines' names
+        third.start("prefect", "env", page, "prefect", "server", "start", "--host", "0.0.0.0")
         first.environ["RAY_AUTH_TOKEN"] = second.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         _start_ray(stage)
         first.environ |= keys(stage, "tessera") | {"AWS_ENDPOINT_URL": f"http://{third.name}:8333"}

@@ -12,7 +12,7 @@ JOB = {
     "workers": 2,
     "least_workers": 1,
     "synthetic": {"train": 1600, "val": 100},
-    "epochs": 16,
+    "epochs": 10,
     "options": {"upkeep.minutes": 0.3},
 }
 

@@ -46,7 +46,7 @@ def _draw(path: Path, tell: Chronicle, traffic: Traffic, stage: Stage, run: str)
             )
         below.set_ylabel(f"{machine.name}\nMB/s")
         below.set_ylim(bottom=0)
-    axes[1].legend(frameon=False, ncols=2, loc="upper right", fontsize=9)
+    axes[1].legend(frameon=False, ncols=2, loc="upper left", fontsize=9)
     for number, chapter in enumerate(tell.chapters):
         span = (chapter.begin - begin) / 60, (chapter.end - begin) / 60
         for part in axes:
@@ -71,7 +71,7 @@ def _steps(axes: plt.Axes, stage: Stage, run: str, begin: float) -> None:
             axes.axvline(then, color="#57606a", linewidth=0.8, linestyle=":")
             axes.text(
                 then,
-                0.04 + 0.09 * (len(axes.lines) % 3),
+                0.9 - 0.09 * (len(axes.lines) % 3),
                 f" {found[1]}",
                 transform=axes.get_xaxis_transform(),
                 fontsize=8,

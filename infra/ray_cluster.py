@@ -73,13 +73,15 @@ def session(address: str = LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None
 
 def _connect(address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    code = code_version()  # as it is now: by the end of a long run the checkout may be another
     if address == LOCAL:
+        os.environ[SHIPPED] = code  # its processes inherit it
         options |= {"include_dashboard": False, "object_store_memory": 200 << 20}
         options |= {"_node_ip_address": "127.0.0.1"}
     else:
         # workers of a cluster have the environment and the code of their raylet, if any, not ours
         options["runtime_env"] = {
-            "env_vars": _environment(_PASSED_ON) | {SHIPPED: code_version()},
+            "env_vars": _environment(_PASSED_ON) | {SHIPPED: code},
             "worker_process_setup_hook": _hook(_environment(_SECRET)),
             "py_modules": [str(_ROOT / name) for name in _CODE],
             "excludes": ["__pycache__"],
@@ -91,6 +93,8 @@ def _connect(address: str) -> None:
             f"Ray at {address!r} does not answer ({error}); start it, make this machine a node of it (ray start "
             "--address=<head>:6379 --num-cpus=0), or check RAY_AUTH_MODE and the token"
         ) from error
+    finally:
+        os.environ.pop(SHIPPED, None)
 
 
 def _environment(prefixes: tuple[str, ...]) -> dict[str, str]:

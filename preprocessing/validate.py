@@ -73,7 +73,8 @@ class Findings:
     @property
     def bad_share(self) -> float:
         """Samples that would be set aside, of all."""
-        return 1 - self.usable / max(1, self.images + self.rejected)
+        samples = self.images + self.rejected
+        return (samples - self.usable) / max(1, samples)  # 1 - 99/100 would be more than 0.01
 
 
 def examine_index(index: Index, split: str, workers: int, progress: Any = print) -> tuple[LabelTable, Findings]:

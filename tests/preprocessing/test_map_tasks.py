@@ -1,6 +1,7 @@
 """ray_cluster.map_tasks: all results, a bounded window, and what tasks warn of."""
 
 import logging
+import os
 import platform
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import pytest
 
 from infra import ray_cluster
 from infra.errors import TesseraError
+from infra.version import SHIPPED, code_version
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -46,3 +48,12 @@ def test_an_error_of_a_task_is_raised_as_it_was():
 
 def fails(name: str) -> None:
     raise TesseraError(f"{name!r} is no store")
+
+
+def test_tasks_are_of_the_drivers_version():
+    assert ray_cluster.map_tasks(_version, [()], lambda told: None) == [code_version()]
+    assert SHIPPED not in os.environ
+
+
+def _version() -> str:
+    return os.environ[SHIPPED]

@@ -15,7 +15,7 @@ from PIL import Image
 from preprocessing import rgb_ids
 from preprocessing.layouts import read_index
 from preprocessing.source import Defect
-from preprocessing.validate import examine_index, histogram, main
+from preprocessing.validate import Findings, examine_index, histogram, main
 from tests.support.coco_folder import CocoFolder, cut
 
 MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
@@ -338,3 +338,10 @@ def test_any_number_of_processes_finds_the_same(coco: CocoFolder):
     cut(coco.image(2))
     one, two = (examine_index(read_index(coco.root, coco.split), coco.split, n, lambda line: None)[1] for n in (1, 2))
     assert one == two
+
+
+@pytest.mark.parametrize("samples", [100, 200, 300, 1000])
+def test_just_the_share_that_is_allowed_is_no_more_than_it(samples: int):
+    findings = Findings(images=samples, usable=samples - samples // 100)
+    assert findings.bad_share == 0.01
+    assert Findings(images=samples - 1, usable=samples - samples // 100 - 1, rejected=1).bad_share > 0.01

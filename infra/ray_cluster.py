@@ -165,25 +165,26 @@ def _heard(function: Callable[..., T]) -> Callable[..., tuple[T, str, list[str]]
     """The function as a task: (its result, the machine's name, warnings of our loggers meanwhile)."""
 
     def task(*arguments: Any) -> tuple[T, str, list[str]]:
-        heard, ours = _Warnings(), logging.getLogger("tessera")
-        ours.addHandler(heard)
+        lines, ours = list[str](), logging.getLogger("tessera")
+        ours.addHandler(handler := Warnings(lines.append))
         try:
-            return function(*arguments), platform.node(), heard.lines
+            return function(*arguments), platform.node(), lines
         finally:
-            ours.removeHandler(heard)
+            ours.removeHandler(handler)
 
     return task
 
 
-class _Warnings(logging.Handler):
-    """Keeps what is logged."""
+class Warnings(logging.Handler):
+    """Passes warnings on, as text: a worker's own log stays on its machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
-        self.lines: list[str] = []
+        self.tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        """One of them."""
+        self.tell(record.getMessage())
 
 
 def _window() -> int:

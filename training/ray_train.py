@@ -183,7 +183,8 @@ def _worker(config: dict[str, Any]) -> None:
     context, store = ray.train.get_context(), open_store(job.store_url)
     rank, world = context.get_world_rank(), context.get_world_size()
     place = Place(rank, world, get_device(), job.crew.sharded and world > 1)
-    logging.getLogger("tessera").addHandler(_Warnings(job.board, rank))
+    warned = ray_cluster.Warnings(lambda line: job.board.says.remote(f"worker {rank}: {line}"))
+    logging.getLogger("tessera").addHandler(warned)
     watcher = _Watcher(job, place)
     try:
         state = _begin(job, place)
@@ -220,17 +221,6 @@ class _Problems(UserCallback):
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "").strip()
-
-
-class _Warnings(logging.Handler):
-    """A worker's warnings, for the flow's log."""
-
-    def __init__(self, board: Any, rank: int) -> None:
-        super().__init__(logging.WARNING)
-        self.board, self.rank = board, rank
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.board.says.remote(f"worker {self.rank}: {record.getMessage()}")
 
 
 def _begin(job: TrainJob, place: Place) -> State | None:

@@ -7,15 +7,13 @@ not as it was to be. Writes <part>.md, timeline.png and screenshots of the Prefe
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.day import kills, load, report, story
-from tests.day.chronicle import Chronicle
+from tests.day.chronicle import Chronicle, conclude, say
 from tests.day.stage import stage
 
-_STARTED = time.monotonic()
 _PARTS = {"story": story.play, "kills": kills.play, "load": load.play}
 
 
@@ -28,22 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(given.parts) - set(_PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(_PARTS)}")
     good = True
-    with tempfile.TemporaryDirectory(prefix="day-") as folder, stage(Path(folder), _say) as parts:
-        _say(f"stage is up: {parts.url}, {folder}")
+    with tempfile.TemporaryDirectory(prefix="day-") as folder, stage(Path(folder), say) as parts:
+        say(f"stage is up: {parts.url}, {folder}")
         for name in given.parts or _PARTS:
-            tell = Chronicle(_say)
+            tell = Chronicle(say)
             try:
                 _PARTS[name](parts, tell)
             finally:
                 report.write(given.out, name, tell, parts)
             good = good and tell.good
-    _say(f"{'all as it was to be' if good else 'NOT all as it was to be'}: {given.out}")
-    return int(not good)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{time.monotonic() - _STARTED:6.0f} s  {text}\n")
-    sys.stdout.flush()
+    return conclude(good, given.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,27 @@
 """What happened, when, and whether it was what was to happen."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from infra.errors import TesseraError
+
+_STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    """A line with the seconds since the program began."""
+    sys.stdout.write(f"{time.monotonic() - _STARTED:6.0f} s  {text}\n")
+    sys.stdout.flush()
+
+
+def conclude(good: bool, out: Path) -> int:
+    """Say how it went; the program's exit code."""
+    say(f"{'all as it was to be' if good else 'NOT all as it was to be'}: {out}")
+    return int(not good)
 
 
 @dataclass

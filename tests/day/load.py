@@ -15,6 +15,7 @@ from tests.day import data
 from tests.day.chronicle import Chronicle
 from tests.day.kills import copy, retrained, small_store
 from tests.day.stage import Run, Stage
+from tests.support.waiting import until
 
 _RUNS = 50
 _TRIES = 60
@@ -63,7 +64,7 @@ def _concurrent(stage: Stage, tell: Chronicle) -> None:
         tell.note(f"{_RUNS} requests in one instant: {busy} answered 503, all after {time.monotonic() - began:.1f} s")
         asked = [run or _ask_until(stage, ids[name]) for run, name in zip(first, names, strict=True)]
         tell.note(f"those {busy} asked again, one after the other: {_RUNS} runs after {time.monotonic() - began:.1f} s")
-        stage.until(lambda: all(stage.run(run)["end_time"] for run in asked), 2400, f"the end of {_RUNS} runs")
+        until(lambda: all(stage.run(run)["end_time"] for run in asked), 2400, f"the end of {_RUNS} runs")
         runs = [stage.run(run) for run in asked]
         states = {state: sum(run["state_name"] == state for run in runs) for state in {r["state_name"] for r in runs}}
         tell.note(f"all ended after {time.monotonic() - began:.0f} s: {states}")

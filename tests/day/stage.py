@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from infra import processes
 from infra.errors import TesseraError
 from infra.seaweed import S3Server, seaweed
 from infra.store import Store, open_store
+from tests.support.waiting import healthy, until
 
 ROOT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
@@ -72,7 +72,7 @@ class Stage:
 
     def wait(self, run_id: str, seconds: float = 900) -> Run:
         """The flow run when it has ended."""
-        self.until(lambda: self.run(run_id)["state_type"] in _ENDED, seconds, f"the end of flow run {run_id}")
+        until(lambda: self.run(run_id)["state_type"] in _ENDED, seconds, f"the end of flow run {run_id}")
         return self.run(run_id)
 
     @contextmanager
@@ -87,14 +87,6 @@ class Stage:
                 if "interval" in schedule["schedule"]:
                     url = f"{self.url}/api/deployments/{found['id']}/schedules/{schedule['id']}"
                     httpx.delete(url, timeout=60).raise_for_status()
-
-    def until(self, happened: Callable[[], Any], seconds: float, what: str) -> None:
-        """Wait for it. TesseraError if it takes longer."""
-        end = time.monotonic() + seconds
-        while not happened():
-            if time.monotonic() > end:
-                raise TesseraError(f"after {seconds:.0f} s still waiting for {what}")
-            time.sleep(0.5)
 
     def flow(self, name: str, code: str, storage: str | None = None) -> subprocess.Popen[bytes]:
         """A flow in a process of its own, beside the worker's; its output goes to `<folder>/<name>.log`."""
@@ -122,9 +114,9 @@ def stage(folder: Path, say: Callable[[str], None], worker_limit: int = 4) -> It
         worker += ["--limit", str(worker_limit)]
         _start(stack, prefect, environ, folder / "server.log")
         _start(stack, head, environ, folder / "ray.log")
-        parts.until(lambda: _healthy(url), 180, "the Prefect server")
+        until(lambda: healthy(url), 180, "the Prefect server")
         _start(stack, worker, environ, folder / "worker.log")
-        parts.until(lambda: "tessera" in parts.command("prefect", "work-pool", "ls"), 120, "the worker")
+        until(lambda: "tessera" in parts.command("prefect", "work-pool", "ls"), 120, "the worker")
         parts.command("prefect", "deploy", "--all")
         yield parts
 
@@ -149,10 +141,3 @@ def _settings(folder: Path, url: str, ray_port: int) -> dict[str, str]:
 def _start(stack: ExitStack, command: list[str], environ: dict[str, str], log: Path) -> None:
     process = processes.start(command, environ, ROOT, log)
     stack.callback(processes.stop, process)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/api/health", timeout=5).is_success
-    except httpx.HTTPError:
-        return False

@@ -10,6 +10,7 @@ from preprocessing.inbox import Decision, decisions
 from tests.day import data
 from tests.day.chronicle import Chronicle
 from tests.day.stage import Run, Stage
+from tests.support.waiting import until
 
 _RETRAIN = {"epochs": 4, "lr_share": 0.5}
 _FLOW = """
@@ -56,12 +57,10 @@ def _good(stage: Stage, tell: Chronicle) -> None:
         before, head = {run["id"] for run in stage.runs()}, _head(stage)
         told = stage.command("python", "-m", "pipelines.upload", str(folder))
         tell.note(f"pipelines.upload: {next(line for line in told.splitlines() if line.endswith('samples'))}")
-        stage.until(lambda: [r for r in stage.runs() if r["id"] not in before], 120, "the event's flow run")
-        stage.until(lambda: [*stage.store.list("uploads/")], 300, "the decision on the upload")
+        until(lambda: [r for r in stage.runs() if r["id"] not in before], 120, "the event's flow run")
+        until(lambda: [*stage.store.list("uploads/")], 300, "the decision on the upload")
         second = stage.start("retrain/retrain")
-        stage.until(
-            lambda: stage.run(second)["state_name"] not in ("Scheduled", "Pending"), 60, "the second run's turn"
-        )
+        until(lambda: stage.run(second)["state_name"] not in ("Scheduled", "Pending"), 60, "the second run's turn")
         tell.expect(stage.run(second)["state_name"] == "AwaitingConcurrencySlot", "a run that overlaps waits")
         first = _next_run(stage, {*before, second})
         tell.expect(first["state_name"] == "Promoted", f"the event's run: {_told(first)}")
@@ -139,7 +138,7 @@ def _upload_and_wait(stage: Stage, tell: Chronicle, folder: Path, state: str) ->
 
 def _next_run(stage: Stage, before: set[str]) -> Run:
     """The first new flow run, when it has ended."""
-    stage.until(lambda: [r for r in stage.runs() if r["id"] not in before], 180, "a flow run")
+    until(lambda: [r for r in stage.runs() if r["id"] not in before], 180, "a flow run")
     return stage.wait(next(run["id"] for run in stage.runs() if run["id"] not in before))
 
 

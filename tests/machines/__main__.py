@@ -10,17 +10,15 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from tests.day.chronicle import Chronicle
+from tests.day.chronicle import Chronicle, conclude, say
 from tests.day.report import to_markdown
 from tests.machines import picture, sick, story
 from tests.machines.net import machines
 from tests.machines.stage import environ, set_up
 from tests.machines.traffic import Traffic
 
-_STARTED = time.monotonic()
 _PARTS = ["story", "doctor"]
 _NAMES = ["one", "two", "three"]
 
@@ -34,7 +32,7 @@ def main() -> int:
     out: Path = given.out
     wanted = given.parts or _PARTS
     out.mkdir(parents=True, exist_ok=True)
-    tell, doctors = Chronicle(_say), Chronicle(_say)
+    tell, doctors = Chronicle(say), Chronicle(say)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # networks outlive processes: take them down, too
     with tempfile.TemporaryDirectory(prefix="machines-") as scratch:
         folder = Path(scratch)
@@ -52,14 +50,7 @@ def main() -> int:
                 for log in (*folder.glob("*/*.log"), *folder.glob("*/doctor-*.txt")):
                     shutil.copy(log, out / f"{log.parent.name}-{log.name}")
     (out / "doctor.md").write_text(to_markdown(doctors))
-    good = tell.good and doctors.good
-    _say(f"{'all as it was to be' if good else 'NOT all as it was to be'}: {out}")
-    return int(not good)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{time.monotonic() - _STARTED:6.0f} s  {text}\n")
-    sys.stdout.flush()
+    return conclude(tell.good and doctors.good, out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 from infra.errors import TesseraError
 from tests.day.chronicle import Chronicle
 from tests.machines.net import OWN, put_code
-from tests.machines.stage import Stage, keys, until
+from tests.machines.stage import Stage, keys
+from tests.support.waiting import until
 
 _NUMPY = "2.4.5"  # not the pinned one
 _NODES = "import ray; ray.init('auto', log_to_driver=False); print(*[n['NodeID'] for n in ray.nodes() if n['Alive']])"

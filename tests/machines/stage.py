@@ -4,7 +4,6 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import httpx
 from infra.errors import TesseraError
 from tests.day.chronicle import Chronicle
 from tests.machines.net import OWN, Machine, put_code
+from tests.support.waiting import healthy, until
 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 ACTIONS = {"tessera": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
@@ -97,7 +97,7 @@ def set_up(first: Machine, second: Machine, third: Machine, tell: Chronicle) -> 
         _start_ray(stage)
         first.environ |= keys(stage, "tessera") | {"AWS_ENDPOINT_URL": f"http://{third.name}:8333"}
         first.environ |= {"TESSERA_RAY": f"{first.name}:6379", "TESSERA_STORAGE": "s3://tessera/runs"}
-        until(lambda: httpx.get(f"{stage.url}/api/health", timeout=5).is_success, 180, "the Prefect server")
+        until(lambda: healthy(stage.url), 180, "the Prefect server")
         _, told = second.run("python", "-c", "import preprocessing")
         tell.expect("No module named 'preprocessing'" in told, f"{second.name} has packages, and none of our code")
         pool = "prefect work-pool create tessera --type process && prefect deploy --all"
@@ -132,17 +132,3 @@ def _start_ray(stage: Stage) -> None:
     (second.folder / "node.env").touch()
     first.start("ray", *head.split())
     second.start("ray", "bash", "-c", f"while :; do (. {OWN}/node.env; {node}); sleep 1; done")
-
-
-def until(happened: Callable[[], Any], seconds: float, what: str) -> None:
-    """Wait for it. TesseraError if it takes longer."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if happened():
-                return
-        except httpx.HTTPError:
-            pass
-        if time.monotonic() > end:
-            raise TesseraError(f"after {seconds:.0f} s still waiting for {what}")
-        time.sleep(0.5)

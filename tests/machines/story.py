@@ -6,7 +6,8 @@ import time
 
 from infra.errors import TesseraError
 from tests.day.chronicle import Chronicle
-from tests.machines.stage import ENDED, Stage, until
+from tests.machines.stage import ENDED, Stage
+from tests.support.waiting import until
 
 JOB = {
     "workers": 2,

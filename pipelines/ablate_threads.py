@@ -23,16 +23,16 @@ def side_by_side(works: Sequence[Callable[[], T]], most: int) -> list[T]:
     Whatever ends this call early, as the signal that cancels a flow does, or the first exception of a work, ends the
     others as well: each meets Interrupted where it is and cleans up, which cancels what it waits for in Ray.
     """
-    busy, ends = set[int](), threading.Event()
+    busy, ends = set[threading.Thread](), threading.Event()
 
     def run(work: Callable[[], T]) -> T:
-        busy.add(threading.get_ident())  # first said, then looked, as below: no thread is missed
+        busy.add(threading.current_thread())  # first said, then looked, as below: no thread is missed
         try:
             if ends.is_set():
                 raise Interrupted
             return work()
         finally:
-            busy.discard(threading.get_ident())
+            busy.discard(threading.current_thread())
 
     pool = ThreadPoolExecutor(most)
     try:
@@ -41,9 +41,11 @@ def side_by_side(works: Sequence[Callable[[], T]], most: int) -> list[T]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         ends.set()
-        for thread in [*busy]:
+        for thread in (left := [*busy]):
             # Ray's waiting has no other end: once its connection is shut down, its next call would open a new one
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupted))
+        for thread in left:
+            thread.join()  # the pool does not know a thread during whose start the signal came
         raise
     finally:
         pool.shutdown()

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -68,27 +67,41 @@ def test_the_first_exception_ends_what_runs_and_what_waits():
 
 
 SCRIPT = """
-import signal, sys, time
+import os, signal, sys, threading, time
 from pipelines.ablate_threads import side_by_side
+
 def end(*_): raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, end)
+begun, start = threading.Semaphore(0), threading.Thread.start
+
 def work():
     try:
-        sys.stdout.write("begun\\n"); sys.stdout.flush()
+        begun.release()
         while True: time.sleep(0.01)
-    finally: sys.stdout.write("cleaned up\\n"); sys.stdout.flush()
+    finally:
+        if threading.current_thread().name.endswith("_1"): time.sleep(0.3)
+        sys.stdout.write("cleaned up\\n")
+
+def cancel():
+    for _ in range(2): begun.acquire()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def start_and_cancel(thread):
+    start(thread)
+    if thread.name.endswith("_1"): cancel()
+
+if sys.argv[1] == "as the second starts": threading.Thread.start = start_and_cancel
+else: threading.Thread(target=cancel).start()
 try: side_by_side([work] * 3, 2)
-except KeyboardInterrupt: print("cancelled")
+except KeyboardInterrupt: sys.stdout.write("cancelled\\n")
 """
 
 
-def test_a_signal_ends_the_threads_and_each_cleans_up():
+@pytest.mark.parametrize("moment", ["as the second starts", "while it waits"])
+def test_a_signal_ends_the_threads_and_each_cleans_up(moment: str):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    started = subprocess.Popen([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True)
-    assert [started.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
-    started.send_signal(signal.SIGTERM)
-    said, _ = started.communicate(timeout=60)
-    assert said.splitlines() == ["cleaned up", "cleaned up", "cancelled"]
+    said = subprocess.run([sys.executable, "-c", SCRIPT, moment], env=env, capture_output=True, text=True, timeout=60)
+    assert said.stdout.splitlines() == ["cleaned up", "cleaned up", "cancelled"], said.stderr
 
 
 def test_lines_of_ours_carry_the_name_of_the_work(caplog: pytest.LogCaptureFixture):

@@ -29,6 +29,7 @@ from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import encode_png, panoptic_overlay
 from preprocessing.sample import Sample, decode_image
 from preprocessing.shards import ShardSet, read_set
+from training.metrics import read_metrics, worker_hours
 from training.recipes import PUBLISHED
 
 _DRAWN = 6
@@ -48,6 +49,7 @@ class Evaluated:
     options: dict[str, Any]
     """All of the recipe's options by dotted name."""
     worker_hours: float
+    """Of the training: metrics.worker_hours."""
 
 
 def read_evaluation(url: str) -> Evaluated:
@@ -62,7 +64,7 @@ def read_evaluation(url: str) -> Evaluated:
         int(i): PQStats.from_sparse_json(rows, len(val_set.labels))
         for i, rows in artifacts.read_json(store, f"{path}/images.json").items()
     }
-    hours = run["workers"] * run["seconds"] / 3600
+    hours = worker_hours(read_metrics(store, manifest["run"]), run["recipe"]["train"]["batch"])
     summary, options = artifacts.read_json(store, f"{path}/report.json"), _flat(run["recipe"])
     options |= _flat(manifest["decode"], "method.decode.")  # another than the run's, where it was evaluated again
     return Evaluated(manifest["recipe"], store, path, summary, Table.of(by_image), val_set, options, hours)

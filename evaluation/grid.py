@@ -170,7 +170,7 @@ def _path(title: str, outcomes: Sequence[Outcome]) -> str:
 def read_lines(store: Store, outcomes: Sequence[Outcome]) -> tuple[Line, ...]:
     """The rows in the order of their first trials, with their evaluations."""
     trials = [
-        Measured(one, read_evaluation(store.url_for(one.evaluation)) if not one.error else None) for one in outcomes
+        Measured(one, read_evaluation(store.url_for(one.evaluation)) if one.error is None else None) for one in outcomes
     ]
     titles = dict.fromkeys(one.row for one in outcomes)
     return tuple(Line(title, tuple(t for t in trials if t.outcome.row == title)) for title in titles)
@@ -242,7 +242,10 @@ def to_markdown(title: str, lines: Sequence[Line]) -> str:
         cells = [line.title, str(len(line.finished)), pq, str(difference(line, lines[0]) or "-"), *figures]
         rows.append([*cells, f"{line.worker_hours:.2f}", *([percent(line.published)] if published else [])])
     parts = [f"### {title}", _table(heads, rows), *_order_told(papers_order(lines))]
-    parts += [f"- **{_cell(failed.row)}, seed {failed.seed}** failed: {failed.error}" for failed in failures(lines)]
+    parts += [
+        f"- **{_cell(failed.row)}, seed {failed.seed}** failed: {_cell(failed.error or '')}"
+        for failed in failures(lines)
+    ]
     return "\n\n".join(parts)
 
 
@@ -259,7 +262,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def failures(lines: Sequence[Line]) -> list[Outcome]:

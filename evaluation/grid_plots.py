@@ -35,7 +35,9 @@ class Points:
 
 def charts(rows: Sequence[Points]) -> list[str]:
     """All rows beside one another, IoU over size, and PQ over each option that has three numbers or more."""
-    found = [_dots(rows)] if any(row.figures[PANELS[0]] for row in rows) else []
+    if not any(row.figures[PANELS[0]] for row in rows):
+        return []  # all have failed
+    found = [_dots(rows)]
     if any(size["iou"] is not None for row in rows for of_seed in row.sizes for size in of_seed):
         found.append(_sizes(rows))
     return found + [_curve(name, rows) for name in rows[0].options if len(_numbers(name, rows)) >= _CURVE]

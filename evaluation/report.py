@@ -17,7 +17,7 @@ from infra.store import open_store
 from infra.version import code_version
 from preprocessing.labels import LabelTable
 from preprocessing.shards import ShardSet
-from training.metrics import STARVED, Row, read_metrics
+from training.metrics import STARVED, Row, read_metrics, training_seconds, worker_hours
 from training.recipe import Recipe
 from training.run import TrainedRun
 
@@ -128,12 +128,13 @@ def pace(rows: Sequence[Row]) -> str:
     """
     if not rows:
         return "not known"
-    steps = [row.step - before for row, before in zip(rows, (0, *(row.step for row in rows)), strict=False)]
-    spent = [count / row.images_per_s for row, count in zip(rows, steps, strict=True)]
+    spent = training_seconds(rows, batch=1)  # shares and rates are those of any batch
     wait = sum(row.data_wait * time for row, time in zip(rows, spent, strict=True)) / sum(spent)
     starved = " (data-starved)" if wait > STARVED else ""
     memory = max(row.memory_gib for row in rows)
-    told = f"{sum(steps) / sum(spent):.1f} images/s, {wait:.0%} of the time waiting for data{starved}, {memory:.1f} GiB"
+    told = (
+        f"{rows[-1].step / sum(spent):.1f} images/s, {wait:.0%} of the time waiting for data{starved}, {memory:.1f} GiB"
+    )
     checked = [row for row in rows if "pq" in row.figures]
     if checked:
         best = max(checked, key=lambda row: (row.figures["pq"], row.step))
@@ -153,7 +154,7 @@ def to_html(
     facts = {
         "evaluated": f"{len(summary['images'])} images, {len(val_set.labels)} categories, {val_set.path}",
         "trained": f"{run.steps} steps of {recipe.train.batch} images, {run.path}",
-        "cost": f"{run.seconds:.0f} s on {run.workers} workers ({run.workers * run.seconds / 3600:.2f} worker-hours)",
+        "cost": f"{worker_hours(rows, recipe.train.batch):.2f} worker-hours; last attempt: {run.seconds:.0f} s in all",
         "pace": pace(rows),
         "code": code_version(),
     }

@@ -13,7 +13,7 @@ from enum import StrEnum
 MISSING = "missing"  # the version of a package that is not installed
 VARIABLES = ("TESSERA_CACHE", "TESSERA_CACHE_GB", "TESSERA_RAY", "TESSERA_STORAGE", "TESSERA_STORE_PATIENCE")
 _CLOCK_WARN, _CLOCK_BAD = 5.0, 60.0  # seconds; S3 refuses signatures of 15 minutes ago
-_LEAST_MEMORY_GB = 1.0
+_LEAST_MEMORY_GB, _LEAST_SHM_GB = 1.0, 0.25  # Ray keeps 0.2 GB there, and loader processes their batches
 _NTP = "set the clock that is wrong (chrony, systemd-timesyncd): S3 refuses requests that are 15 min off"
 
 
@@ -135,38 +135,26 @@ def _versions(driver: Place, nodes: Sequence[Place]) -> Iterator[Row]:
     yield Row("versions", driver.where, Verdict.OK, _told(ours))
     for where, facts in _known(nodes):
         theirs = dict.fromkeys(ours, MISSING) | dict(facts.versions)
-        verdicts = {name: _agreement(name, ours[name], theirs[name]) for name in ours}
-        worst = max(verdicts.values(), key=[*Verdict].index, default=Verdict.OK)
-        if worst is Verdict.OK:
-            yield Row("versions", where, worst, _told(theirs))
+        differ = [name for name in ours if not _agree(name, ours[name], theirs[name])]
+        if not differ:
+            yield Row("versions", where, Verdict.OK, _told(theirs))
             continue
-        differ = (name for name, verdict in verdicts.items() if verdict is not Verdict.OK)
         found = "; ".join(f"{name} {theirs[name]}, the driver has {ours[name]}" for name in differ)
-        todo = "see that both are of the same commit: one of them cannot tell its own"
-        if worst is Verdict.BAD:
-            todo = "install the driver's versions (constraints.txt) there, and restart Ray on that node"
-        yield Row("versions", where, worst, found, todo)
+        todo = "install the driver's versions (constraints.txt) there, and restart Ray on that node"
+        yield Row("versions", where, Verdict.BAD, found, todo)
 
 
 def _told(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
-def _agreement(name: str, ours: str, theirs: str) -> Verdict:
+def _agree(name: str, ours: str, theirs: str) -> bool:
+    """Tessera's own code is not among them: it travels with each run."""
     if name == "prefect" and theirs == MISSING:  # flows run in the driver alone
-        return Verdict.OK
+        return True
     if name == "python":  # by minor: Ray itself refuses what it minds of the rest
-        return _equal(ours.split(".")[:2], theirs.split(".")[:2])
-    if name != "tessera":
-        return _equal(ours.partition("+")[0], theirs.partition("+")[0])  # torch 2.13.0+cpu here, 2.13.0+cu130 there
-    (number, _, commit), (other, _, their_commit) = ours.partition(" "), theirs.partition(" ")
-    if number == other and not (commit and their_commit) and commit != their_commit:
-        return Verdict.WARN
-    return _equal(ours, theirs)
-
-
-def _equal(ours: object, theirs: object) -> Verdict:
-    return Verdict.OK if ours == theirs else Verdict.BAD
+        return ours.split(".")[:2] == theirs.split(".")[:2]
+    return ours.partition("+")[0] == theirs.partition("+")[0]  # torch 2.13.0+cpu here, 2.13.0+cu130 there
 
 
 def _stores(places: Sequence[Place], demands: Demands) -> Iterator[Row]:
@@ -228,7 +216,8 @@ def _gpu(node: Place, names: tuple[str, ...], problem: str) -> Row:
         todo = "install the driver of its GPUs and torch's CUDA build there; see CUDA_VISIBLE_DEVICES"
         return Row("GPUs", node.where, Verdict.BAD, found, todo)
     if len(names) > node.ray_gpus:
-        return Row("GPUs", node.where, Verdict.WARN, found, f"restart Ray there with --num-gpus={len(names)}")
+        todo = f"restart Ray there with --num-gpus={len(names)}, unless that node is to take no such work"
+        return Row("GPUs", node.where, Verdict.WARN, found, todo)
     return Row("GPUs", node.where, Verdict.OK, found)
 
 
@@ -247,13 +236,18 @@ def _disks(places: Sequence[Place], demands: Demands) -> Iterator[Row]:
 
 
 def _memory(places: Sequence[Place]) -> Iterator[Row]:
-    kinds = ("memory", "close other programs, or take another machine"), ("/dev/shm", "enlarge it (docker --shm-size)")
     for where, facts in _known(places):
-        for (what, todo), free in zip(kinds, (facts.memory_gb, facts.shm_gb), strict=True):
-            if free is not None:
-                scarce = free < _LEAST_MEMORY_GB
-                found = f"{free:.2f} GB free" if scarce else f"{free:.0f} GB free"
-                yield Row(what, where, Verdict.WARN if scarce else Verdict.OK, found, todo if scarce else "")
+        if facts.memory_gb is not None:
+            todo = "close other programs, or take another machine"
+            yield _room("memory", where, facts.memory_gb, _LEAST_MEMORY_GB, todo)
+        if facts.shm_gb is not None:
+            yield _room("/dev/shm", where, facts.shm_gb, _LEAST_SHM_GB, "enlarge it (docker --shm-size)")
+
+
+def _room(what: str, where: str, free: float, least: float, todo: str) -> Row:
+    if free < least:
+        return Row(what, where, Verdict.WARN, f"{free:.2f} GB free, at least {least:g} expected", todo)
+    return Row(what, where, Verdict.OK, f"{free:.0f} GB free" if free >= 1 else f"{free:.1f} GB free")
 
 
 def _variables(places: Sequence[Place], demands: Demands) -> Iterator[Row]:

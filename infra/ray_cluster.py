@@ -18,6 +18,7 @@ from ray._private import ray_constants
 from ray._private.runtime_env.setup_hook import _encode_function_key
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
+from infra import interrupt
 from infra.errors import TesseraError
 from infra.version import SHIPPED, code_version
 
@@ -52,23 +53,30 @@ def session(address: str = LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    # ray.init takes SIGTERM for itself; Prefect cancels a flow by SIGTERM, so it gets the signal back
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if main else None
     try:
-        _connect(address)
+        with _own_sigterm():
+            _connect(address)
         for kind, asked in (("GPU", gpus), ("CPU", cpus)):
             found = int(ray.cluster_resources().get(kind, 0))
             if address == LOCAL and found < asked:
                 raise TesseraError(
                     f"{asked} {kind}s are asked for, this machine has {found}: ask for fewer, or join a cluster"
                 )
-        if main:
-            signal.signal(signal.SIGTERM, handler)
         yield
     finally:
         _withdraw_hook()
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """ray.init takes SIGTERM for itself; Prefect cancels a flow by SIGTERM, so it gets the signal back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(address: str) -> None:
@@ -144,6 +152,7 @@ def map_tasks(
     window, looks = 0, 0.0
     try:
         while True:
+            interrupt.look()
             if time.monotonic() >= looks:
                 window, looks = _window(), time.monotonic() + _LOOK_SECONDS
             pending += [remote.remote(*a) for a in islice(waiting, max(0, window - len(pending)))]
@@ -199,6 +208,7 @@ def wait_for(task: Any, watch: Callable[[], None]) -> Any:
     done: list[Any] = []
     try:
         while not done:
+            interrupt.look()
             with _signals_pass():
                 done, _ = ray.wait([task], timeout=1.0)
                 watch()

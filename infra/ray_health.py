@@ -31,7 +31,6 @@ from infra import ray_cluster
 from infra.errors import TesseraError
 from infra.health import MISSING, Clock, Disk, Facts, Place, StoreFacts
 from infra.store import open_store
-from infra.version import code_version
 
 T = TypeVar("T")
 
@@ -227,7 +226,7 @@ def _now() -> float:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = {"python": platform.python_version(), "tessera": code_version()}
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

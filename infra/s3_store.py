@@ -26,6 +26,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
+from infra import interrupt
 from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.store import Entry, Store, checked_prefix
 
@@ -95,6 +96,7 @@ class S3Store(Store):
                 end = now + self._patience if end is None else end
                 if not _may_pass(error) or now >= end:
                     raise
+                interrupt.look()
                 if now - began >= _SILENT_SECONDS and _outage.turns(True, tried):
                     said = "%s does not answer: %s; waiting up to %g s"
                     log.warning(said, self.url, _cause(error), self._patience)

@@ -172,7 +172,7 @@ def run_trial(name: str, plan: Plan) -> Report:
     return evaluate_run.fn(job, plan.chosen, run, plan.val_set)
 
 
-_run_named = step(run_trial).with_options(task_run_name="{name}")
+_run_named = step(run_trial, task_run_name="{name}")
 
 
 @step

@@ -64,6 +64,9 @@ class Ablate(TrainCoco):
             return grid(self.grid)
         if not self.grid:
             return (GridRow("the recipe", {}),)
+        broken = next((name for name in self.grid if not name.isprintable() or not name.strip()), None)
+        if broken is not None:
+            raise TesseraError(f"grid: {broken!r}: expected a title or an option that can be printed on one line")
         values = {name: value for name, value in self.grid.items() if isinstance(value, list)}
         if not values:
             return tuple(GridRow(title, row) for title, row in self.grid.items() if isinstance(row, dict))

@@ -183,6 +183,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(__doc__ or "")
         return 0
     try:
+        if len(arguments) > 1:
+            raise TesseraError(f"{' '.join(arguments)}: expected one JOB; see --help")
         rows = check(Doctor.model_validate_json(arguments[0] if arguments else "{}"))
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors())

@@ -56,8 +56,12 @@ def main(arguments: list[str]) -> int:
 def _job(arguments: list[str]) -> TrainCoco:
     if not arguments:
         return TrainCoco(workers=min(2, os.cpu_count() or 1))
-    kind = Ablate if arguments[0] == "ablate" else TrainCoco
-    return kind.model_validate_json(arguments[-1])
+    match arguments:
+        case ["ablate", job]:
+            return Ablate.model_validate_json(job)
+        case [job]:
+            return TrainCoco.model_validate_json(job)
+    raise TesseraError(f"{' '.join(arguments)}: expected JOB or ablate JOB; see --help")
 
 
 def _run(job: TrainCoco) -> None:

@@ -1,6 +1,7 @@
 """A temporary Prefect server for runs without one."""
 
 import os
+import subprocess
 import sys
 import time
 import urllib.request
@@ -12,7 +13,7 @@ from urllib.error import URLError
 from infra import processes
 from infra.errors import TesseraError
 
-_START_SECONDS = 120
+_START_SECONDS, _ANSWER_SECONDS = 120, 5
 
 
 @contextmanager
@@ -39,16 +40,20 @@ def prefect_server(home: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "uvicorn", *application, "--host", "127.0.0.1", "--port", str(port)]
     process = processes.start(command, os.environ, home, home / "server.log")
     try:
-        _wait_until_ready(url, home / "server.log")
+        _wait_until_ready(process, url, home / "server.log")
         yield
     finally:
         processes.stop(process)
 
 
-def _wait_until_ready(url: str, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(URLError, ConnectionError), urllib.request.urlopen(f"{url}/health", timeout=5):
+    while time.monotonic() < deadline and process.poll() is None:
+        with (
+            suppress(URLError, ConnectionError, TimeoutError),
+            urllib.request.urlopen(f"{url}/health", timeout=_ANSWER_SECONDS),
+        ):
             return
         time.sleep(0.1)
-    raise TesseraError(f"the Prefect server did not come up at {url}; see {log}")
+    told = "did not come up" if process.returncode is None else f"ended with exit code {process.returncode}"
+    raise TesseraError(f"the Prefect server at {url} {told}; see {log}")

@@ -38,6 +38,7 @@ STORED = "data"
 SHAPES = ("disk", "box", "triangle", "ring")
 STUFF = ("sky", "field", "water")
 _STUFF_COLOR = {"sky": (165, 195, 230), "field": (95, 140, 60), "water": (40, 95, 135)}
+_VAL_IDS = 1_000_000  # ids of val images come after it
 Kind = Literal["plain", "hard"]
 
 
@@ -59,6 +60,10 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         if min(self.train, self.val) < 1 or min(self.size) < 16:
             raise TesseraError(f"synthetic: at least 1 image a split and 16x16 pixels, got {self}")
+        if self.train > _VAL_IDS:  # a scene follows from seed and id: val images would be train images
+            raise TesseraError(f"synthetic: at most {_VAL_IDS} train images, got {self.train}")
+        if not 0 <= self.seed < 1 << 63:
+            raise TesseraError(f"synthetic: seed {self.seed}, expected one from 0 to 2^63 - 1")
 
 
 @dataclass
@@ -102,8 +107,8 @@ def write_set(folder: Path, config: SyntheticConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{target.name}.part-") as making:
         root = Path(making) / "set"
-        for offset, (split, count) in enumerate((("train2017", config.train), ("val2017", config.val))):
-            write_split(root, split, count, offset * 1_000_000, config)
+        for split, count, first in (("train2017", config.train, 0), ("val2017", config.val, _VAL_IDS)):
+            write_split(root, split, count, first, config)
         try:
             root.rename(target)
         except OSError:  # another process was first, with the same content

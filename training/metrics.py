@@ -63,6 +63,20 @@ class Row:
         return told
 
 
+def training_seconds(rows: Sequence[Row], batch: int) -> list[float]:
+    """How long the steps before each row took, evaluation, waiting for workers and steps that were lost left out.
+
+    batch: images a step, over all workers.
+    """
+    before = (0, *(row.step for row in rows))
+    return [(row.step - last) * batch / row.images_per_s for row, last in zip(rows, before, strict=False)]
+
+
+def worker_hours(rows: Sequence[Row], batch: int) -> float:
+    """Of the training, over all of its attempts with however many workers: its seconds times those at work."""
+    return sum(s * row.workers for s, row in zip(training_seconds(rows, batch), rows, strict=True)) / 3600
+
+
 class Meter:
     """Averages between two rows."""
 

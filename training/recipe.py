@@ -63,6 +63,8 @@ class TrainConfig:
         positive = positive and (self.clip is None or 0 < self.clip < math.inf)
         if not (positive and finite and self.weight_decay >= 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise TesseraError(f"train config: batch, epochs, lr, clip, ... must be positive: {self}")
+        if not 0 <= self.seed < 1 << 63:  # what both NumPy and torch take
+            raise TesseraError(f"train config: seed {self.seed}, expected one from 0 to 2^63 - 1")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise TesseraError(f"train config: {self.warmup_epochs} warm-up epochs in {self.epochs}")
         if not (0 < self.layer_decay <= 1 and 0 <= self.ema < 1):

@@ -4,8 +4,6 @@ import json
 import operator
 import os
 import re
-import subprocess
-import time
 import tomllib
 from copy import deepcopy
 from functools import reduce
@@ -120,6 +118,26 @@ def test_a_service_that_is_not_confined_is_seen(path: str, value: Any, words: st
 )
 def test_a_secret_in_the_compose_file_is_seen(path: str, value: Any, words: str):
     refused(files.compose_secrets(changed(COMPOSE, path, value)), words)
+
+
+def test_rays_object_stores_fit_into_shared_memory():
+    """Where they do not, Ray takes a disk without a word to the user."""
+    resolved, _ = files.compose(COMPOSE, VARIABLES)
+    commands = {name: " ".join(service.get("command") or []) for name, service in resolved["services"].items()}
+    nodes = {name: text for name, text in (commands | {"worker": TEXTS["worker"]}).items() if "ray start" in text}
+    assert nodes.keys() == {"ray-head", "ray-worker", "ray-gpu", "worker"}
+    for name, text in nodes.items():
+        (asked,) = re.findall(r"--object-store-memory=(\d+)", text)
+        assert 2 * int(asked) <= int(resolved["services"][name]["shm_size"])
+    spec = KUBERAY[CLUSTER]["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert group["rayStartParams"]["object-store-memory"] == asked
+
+
+@pytest.mark.parametrize("torch", ["cpu", "cu130"])
+def test_the_image_is_built_with_the_torch_that_env_names(torch: str):
+    resolved, _ = files.compose(COMPOSE, VARIABLES | {"TORCH_INDEX": f"https://download.pytorch.org/whl/{torch}"})
+    assert resolved["services"]["prefect"]["build"]["args"]["TORCH_INDEX"].endswith(f"/{torch}")
 
 
 # KubeRay
@@ -245,7 +263,7 @@ def test_ray_refuses(path: str, value: Any, words: str):
     refused(files.invalid_launcher(changed(LAUNCHER, path, value)), words)
 
 
-# Dockerfile and scripts
+# Dockerfile
 
 
 def test_the_dockerfile_is_sound():
@@ -281,70 +299,6 @@ def test_the_image_is_made_of_all_that_runs():
     assert let_in >= packages | {"pyproject.toml", "constraints.txt", "prefect.yaml", project["project"]["readme"]}
     assert all((ROOT / name).exists() for name in let_in)
     assert TEXTS["Dockerfile.dockerignore"].splitlines()[1] == "*"
-
-
-def shell_problems(script: str) -> list[str]:
-    parsed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
-    return [*parsed.stderr.splitlines(), *files.run("shellcheck", "-", stdin=script).stdout.splitlines()]
-
-
-def test_the_workers_script_is_sound():
-    assert shell_problems(TEXTS["worker"]) == []
-    assert os.access(FOLDER / "worker", os.X_OK)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"), [("done\n", "\n", "syntax error"), ('"$RAY_HEAD"', "$RAY_HEAD", "SC2086")]
-)
-def test_a_bad_script_is_seen(old: str, new: str, words: str):
-    refused(shell_problems(TEXTS["worker"].replace(old, new)), words)
-
-
-STANDIN = r"""#!/bin/bash
-given=$(tr '\0' '\n' < /proc/$$/environ | sed -n s/^PWD=//p)
-echo "$given $(basename "$0") $*" >> {folder}/calls
-case "$(basename "$0") $1 $2" in
-    "ray start "*) echo $$ > {folder}/pid-ray; touch {folder}/ray_current_cluster; exec sleep {ray} ;;
-    "prefect worker start") echo $$ > {folder}/pid-worker; exec sleep {worker} ;;
-esac
-"""
-
-
-def started(folder: Path, **seconds: str) -> subprocess.Popen[bytes]:
-    """The worker's script with a Ray and a Prefect that live so long and write down how they were called."""
-    for name in ("ray", "prefect"):
-        (folder / name).write_text(STANDIN.format(folder=folder, **seconds))
-        (folder / name).chmod(0o755)
-    script = TEXTS["worker"].replace("/tmp/ray/", f"{folder}/")  # another Ray's file is not ours to delete
-    env = {"PATH": f"{folder}:{os.environ['PATH']}", "RAY_HEAD": "head:6379"}
-    return subprocess.Popen(["bash", "-c", script], env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
-
-
-def alive(folder: Path) -> list[str]:
-    pids = {path.name: path.read_text().strip() for path in folder.glob("pid-*")}
-    return [name for name, pid in pids.items() if Path("/proc", pid).exists()]
-
-
-@pytest.mark.parametrize(
-    "seconds", [("0", "60"), ("60", "0"), ("60", "?")], ids=["Ray ends", "Prefect ends", "Prefect fails"]
-)
-def test_the_workers_script_deploys_from_its_folder_and_ends_with_either(seconds: tuple[str, str], tmp_path: Path):
-    assert started(tmp_path, ray=seconds[0], worker=seconds[1]).wait(60) == 1
-    assert alive(tmp_path) == []
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert f"{ROOT} ray start --block --address=head:6379 --num-cpus=0 --num-gpus=0" in calls
-    if seconds[0] != "0":
-        assert f"{ROOT} prefect deploy --all" in calls  # runs start in $PWD: prefect.yaml
-
-
-def test_the_workers_script_is_ended_with_all_it_started(tmp_path: Path):
-    script = started(tmp_path, ray="60", worker="60")
-    while not (tmp_path / "pid-worker").exists():
-        assert script.poll() is None
-        time.sleep(0.1)
-    script.terminate()
-    assert script.wait(60) == 143
-    assert alive(tmp_path) == []
 
 
 # Secrets and versions, in all of them

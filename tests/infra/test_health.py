@@ -18,7 +18,6 @@ from tests.support.ray_local import ray_local  # noqa: F401
 ROOT = Path(__file__).parents[2]
 VERSIONS = {
     "python": "3.11.7",
-    "tessera": "0.1.0 (abc1234)",
     "ray": "2.60.0",
     "torch": "2.13.0+cpu",
     "prefect": "3.8.8",
@@ -74,8 +73,6 @@ def test_a_sound_cluster_has_nothing_to_do_and_equal_nodes_share_rows():
         ),
         (with_versions(python="3.12.7"), FOLDER, "versions", "bad", "python 3.12.7, the driver has 3.11.7", "install"),
         (with_versions(ray=health.MISSING), FOLDER, "versions", "bad", "ray missing, the driver has 2.60.0", "install"),
-        (with_versions(tessera="0.1.0 (f00)"), FOLDER, "versions", "bad", "tessera 0.1.0 \\(f00\\)", "install"),
-        (with_versions(tessera="0.1.0"), FOLDER, "versions", "warn", "tessera 0.1.0, the driver has", "same commit"),
         (with_facts(versions=()), FOLDER, "versions", "bad", "python missing, .*; torch missing", "install"),
         (replace(NODE, facts=None, problem="no answer within 60 s"), FOLDER, "node", "bad", "no answer", "ray status"),
         (
@@ -235,7 +232,7 @@ def test_a_process_knows_itself_and_leaves_nothing_on_the_store(store: Store, tm
     assert abs(facts.store.clock.ahead) <= facts.store.clock.within + 1  # one machine, and a busy one
     assert [entry.key for entry in store.list()] == ["mark"]
     assert gather(store.url, "another", gpus=False, seconds=60).store.shared is False
-    assert dict(facts.versions).keys() == {"python", "tessera", "ray", "torch", "numpy", "numba", "prefect"}
+    assert dict(facts.versions).keys() == {"python", "ray", "torch", "numpy", "numba", "prefect"}
     assert facts.gpus is not None
     assert all(disk.free_gb > 0 for disk in facts.disks)
     folders = [folder for disk in facts.disks for folder in disk.folders]

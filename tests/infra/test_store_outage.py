@@ -9,10 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
+from infra import interrupt
 from infra.errors import TesseraError
 from infra.s3_store import _Outage
 from infra.seaweed import S3Server, seaweed
@@ -107,6 +108,24 @@ def test_patience_has_an_end(s3_store: Store, s3_env: S3Server, monkeypatch):
     acts = every_operation(s3_store).values()
     with s3_env.killed(), ThreadPoolExecutor(len(acts)) as pool:
         assert all(1 <= seconds < 60 for seconds in pool.map(seconds_until_told, acts))
+
+
+def test_work_that_is_to_end_does_not_wait_for_the_server(s3_store: Store, s3_env: S3Server, monkeypatch):
+    monkeypatch.setenv("TESSERA_STORE_PATIENCE", "3000")  # longer than a test may take
+    ends = Event()
+
+    def work() -> None:
+        interrupt.interruptible(ends)
+        s3_store.read("there")
+
+    with s3_env.killed(), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(work)
+        time.sleep(0.5)
+        assert not waiting.done()
+        ends.set()
+        with pytest.raises(interrupt.Interrupted):
+            waiting.result()
+    s3_store.read("there")
 
 
 def test_a_server_that_hangs_for_longer_than_patience_is_an_error(s3_store: Store, s3_env: S3Server, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from infra.errors import TesseraError
 from tests.day.chronicle import Chronicle, conclude, say
 from tests.day.report import to_markdown
 from tests.machines import picture, sick, story
@@ -54,4 +55,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except TesseraError as error:
+        sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ environment with its packages is the same for all, at another place.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -83,9 +84,10 @@ def machines(folder: Path, names: Sequence[str], environ: Mapping[str, str]) -> 
         raise TesseraError("network namespaces: expected to be root")
     addresses = {name: f"{_NETWORK}.{number}" for number, name in enumerate(names, 2)}
     hosts = "".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **addresses}.items())
+    _take_down(names)  # what one left that was killed
     with ExitStack() as stack:
+        stack.callback(_take_down, names)
         _sh(f"ip link add {_BRIDGE} type bridge")
-        stack.callback(_sh, f"ip link del {_BRIDGE}")
         _sh(f"ip addr add {_NETWORK}.1/24 dev {_BRIDGE} && ip link set {_BRIDGE} up")
         yield [_machine(stack, folder / name, name, address, hosts, environ) for name, address in addresses.items()]
 
@@ -99,16 +101,14 @@ def _machine(
         script = folder / "bin" / command
         script.write_text(f'#!/bin/sh\nexec {_VENV}/bin/python -m {module} "$@"\n')
         script.chmod(0o755)
-    _sh(f"ip netns add {name}")
-    stack.callback(_sh, f"ip netns del {name}")
-    Path(f"/etc/netns/{name}").mkdir(parents=True, exist_ok=True)
-    Path(f"/etc/netns/{name}/hosts").write_text(hosts)  # ip netns exec binds it over /etc/hosts
-    cable = _cable(name)
-    _sh(f"ip link add {cable} type veth peer name eth0 netns {name}")
-    stack.callback(_sh, f"ip link del {cable}")  # a namespace goes when its last process has: that can take a while
+    space, cable = _space(name), _cable(name)
+    _sh(f"ip netns add {space}")
+    _hosts(name).parent.mkdir(parents=True)
+    _hosts(name).write_text(hosts)
+    _sh(f"ip link add {cable} type veth peer name eth0 netns {space}")
     _sh(f"ip link set {cable} master {_BRIDGE} up")
-    _sh(f"ip -n {name} addr add {address}/24 dev eth0 && ip -n {name} link set eth0 up")
-    command = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
+    _sh(f"ip -n {space} addr add {address}/24 dev eth0 && ip -n {space} link set eth0 up")
+    command = ["ip", "netns", "exec", space, "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
     command += ["--mount-proc", "bash", "-c", _SETUP, "setup", str(folder), sys.prefix, str(ROOT), name]
     init = processes.start(command, os.environ, folder, folder / "init.log")
     stack.callback(processes.stop, init)
@@ -122,8 +122,34 @@ def _machine(
     return Machine(name, address, folder, own | dict(environ), init)
 
 
+def _take_down(names: Sequence[str]) -> None:
+    """All that is there of the network."""
+    for name in names:
+        # the cable by itself: a namespace goes when its last process has, which can take a while
+        for thing, kind in ((_cable(name), "link"), (_space(name), "netns")):
+            if _there(thing, kind):
+                ends = "" if kind == "link" else f"ip netns pids {thing} | xargs --no-run-if-empty kill -KILL; "
+                _sh(f"{ends}ip {kind} del {thing}")
+        shutil.rmtree(_hosts(name).parent, ignore_errors=True)
+    if _there(_BRIDGE, "link"):
+        _sh(f"ip link del {_BRIDGE}")
+
+
+def _there(thing: str, kind: str) -> bool:
+    return (Path("/sys/class/net" if kind == "link" else "/run/netns") / thing).exists()
+
+
 def _cable(name: str) -> str:
-    return f"to-{name}"
+    return f"tessera-{name}"
+
+
+def _space(name: str) -> str:
+    return f"tessera-{name}"
+
+
+def _hosts(name: str) -> Path:
+    """What `ip netns exec` binds over /etc/hosts."""
+    return Path("/etc/netns", _space(name), "hosts")
 
 
 def _sh(command: str) -> None:

@@ -1,6 +1,7 @@
 """Which trials a grid has, and what is refused before anything is computed."""
 
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,24 @@ def test_a_named_grid_goes_with_every_recipe_of_the_method(name: str, recipe: st
     assert len({t.chosen.run_path("x") for t in job.trials()}) == len(GRIDS[name]())
 
 
+ABOUT = {  # what rows of a named grid may differ in
+    "paper_table_2": {"method.eds_distance", "method.void_kept"},
+    "paper_table_3": {"method.encoding", "method.frequencies", "method.cells", "method.squared"},
+    "relative_table_3": {"method.encoding", "method.frequencies"},
+    "ours": {"method.relative", "method.half_period"},
+    "ours_by_backbone": {"method.relative", "method.half_period", "method.backbone"},
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("recipe", RECIPES["generalist"])
+def test_rows_differ_in_what_their_grid_is_about_on_every_recipe(name: str, recipe: str):
+    """The recipe's own additions must not stand on one side of a comparison alone."""
+    methods = [asdict(trial.chosen.method) for trial in Ablate(recipe=recipe, grid=name).trials()]
+    differ = {f"method.{option}" for option, value in methods[0].items() if any(m[option] != value for m in methods)}
+    assert differ <= ABOUT[name]
+
+
 def test_the_papers_best_rows_are_its_recipe():
     """Base at 420 x 420 as table 1 has it."""
     for name, title in (("paper_table_2", "EDS, void kept"), ("paper_table_3", "embedding, L = 4")):
@@ -94,6 +113,8 @@ def test_the_papers_best_rows_are_its_recipe():
         ({"grid": {"train.lr": [1e-3], "train.lrr": [1]}}, "grid row 'lr=0.001, lrr=1': option 'train.lrr': there is"),
         ({"grid": {"train.lr": [1e-3, -1]}}, "grid row 'lr=-1': train config: .* must be positive"),
         ({"grid": {"a": {}, "b": {"method.relatif": True}}}, "grid row 'b': option 'method.relatif': there is none"),
+        ({"grid": {"a\nb": {}}}, r"grid: 'a\\nb': expected a title"),
+        ({"grid": {}, "seeds": [-1]}, "train config: seed -1, expected one from 0 to"),
         ({"grid": {"train.lr": []}}, "grid: option 'train.lr' has no values"),
         ({"grid": {"train.lr": [1], "b": {}}}, "grid: 'train.lr' has a list of values, 'b' is a row: one of the two"),
         ({"grid": {"train.seed": [1, 2]}}, "grid row 'seed=1': option 'train.seed': `seeds` says which ones"),

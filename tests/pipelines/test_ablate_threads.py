@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ablate_threads import Interrupted, named, named_lines, side_by_side
+from infra.interrupt import Interrupted, look
+from pipelines.ablate_threads import named, named_lines, side_by_side
 
 VALUE: ContextVar[str] = ContextVar("VALUE", default="")
 
@@ -46,13 +47,15 @@ def test_a_work_sees_the_callers_context_and_leaves_its_own():
     assert VALUE.get() == "caller's"
 
 
-def test_the_first_exception_ends_what_runs_and_what_waits():
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_exception_ends_what_runs_and_what_waits(first: int):
     ended: list[str] = []
 
     def waits() -> None:
         try:
             while True:
                 time.sleep(0.01)
+                look()
         except Interrupted:
             ended.append("interrupted")
             raise
@@ -61,13 +64,16 @@ def test_the_first_exception_ends_what_runs_and_what_waits():
         time.sleep(0.2)
         raise ValueError("mine")
 
+    works = [waits] * 4
+    works[first] = fails
     with pytest.raises(ValueError, match=r"^mine$"):
-        side_by_side([fails, waits, waits, waits], 2)
+        side_by_side(works, 2)
     assert ended in (["interrupted"], ["interrupted"] * 2)  # the third may have begun where the first had been
 
 
 SCRIPT = """
 import os, signal, sys, threading, time
+from infra.interrupt import look
 from pipelines.ablate_threads import side_by_side
 
 def end(*_): raise KeyboardInterrupt
@@ -77,7 +83,9 @@ begun, start = threading.Semaphore(0), threading.Thread.start
 def work():
     try:
         begun.release()
-        while True: time.sleep(0.01)
+        while True:
+            time.sleep(0.01)
+            look()
     finally:
         if threading.current_thread().name.endswith("_1"): time.sleep(0.3)
         sys.stdout.write("cleaned up\\n")

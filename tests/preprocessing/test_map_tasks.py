@@ -3,11 +3,14 @@
 import logging
 import os
 import platform
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
+import ray
 
-from infra import ray_cluster
+from infra import interrupt, ray_cluster
 from infra.errors import TesseraError
 from infra.version import SHIPPED, code_version
 
@@ -57,3 +60,25 @@ def test_tasks_are_of_the_drivers_version():
 
 def _version() -> str:
     return os.environ[SHIPPED]
+
+
+def test_interrupted_work_leaves_no_task_behind():
+    ends, begun = threading.Event(), threading.Semaphore(0)
+
+    def work(wait) -> None:
+        interrupt.interruptible(ends)
+        with pytest.raises(interrupt.Interrupted):
+            wait()
+
+    waits = (
+        lambda: ray_cluster.map_tasks(time.sleep, [(600,)], lambda nothing: None),
+        lambda: ray_cluster.wait_for(ray.remote(time.sleep).options(num_cpus=0).remote(600), begun.release),
+    )
+    threads = [threading.Thread(target=work, args=[wait]) for wait in waits]
+    for thread in threads:
+        thread.start()
+    begun.acquire()
+    ends.set()
+    for thread in threads:
+        thread.join()
+    assert ray_cluster.map_tasks(abs, [(-1,)], lambda number: None) == [1]  # its CPU is free

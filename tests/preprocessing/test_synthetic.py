@@ -40,6 +40,21 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
     assert len(first) == 2 * (5 + 2) + 2
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"train": 1_000_001}, "at most 1000000 train images"),  # the next ones would be the val split's scenes
+        ({"seed": -1}, "seed -1, expected one from 0 to"),
+        ({"seed": 2**63}, "expected one from 0 to"),
+        ({"val": 0}, "at least 1 image a split"),
+        ({"size": (15, 64)}, "16x16 pixels"),
+    ],
+)
+def test_a_set_that_cannot_be_is_refused(config: dict, told: str):
+    with pytest.raises(TesseraError, match=told):
+        SyntheticConfig(**config)
+
+
 def test_another_seed_gives_other_scenes(tmp_path: Path):
     first, second = (contents(write_set(tmp_path, SyntheticConfig(train=5, seed=seed, **SMALL))) for seed in (0, 1))
     assert first.keys() == second.keys()

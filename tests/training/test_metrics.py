@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from tests.support.rows import rows
-from training.metrics import STARVED, Meter, Row, read_metrics, write_metrics
+from training.metrics import STARVED, Meter, Row, read_metrics, worker_hours, write_metrics
 
 RUN = "train/0123"
 KEY = f"{RUN}/metrics.parquet"
@@ -55,6 +55,13 @@ def test_anything_that_reads_parquet_reads_the_table(store: Store):
     missing, nan = table["loss/semantic"].to_pylist()
     assert missing is None
     assert math.isnan(nan)
+
+
+def test_worker_hours_are_those_of_all_attempts_with_the_workers_that_each_had():
+    two = [replace(ROW, step=step, images_per_s=20.0, workers=2) for step in (10, 20)]
+    alone = replace(ROW, step=30, images_per_s=8.0, workers=1)  # gone on with one worker, after whatever wait
+    assert worker_hours([*two, alone], batch=8) == pytest.approx((2 * (80 + 80) / 20 + 80 / 8) / 3600)
+    assert worker_hours([], batch=8) == 0
 
 
 def test_a_table_without_rows_has_its_columns_all_the_same(store: Store):

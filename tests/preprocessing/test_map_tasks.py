@@ -62,6 +62,10 @@ def _version() -> str:
     return os.environ[SHIPPED]
 
 
+def sleeps() -> None:
+    time.sleep(600)
+
+
 def test_interrupted_work_leaves_no_task_behind():
     ends, begun = threading.Event(), threading.Semaphore(0)
 
@@ -71,13 +75,13 @@ def test_interrupted_work_leaves_no_task_behind():
             wait()
 
     waits = (
-        lambda: ray_cluster.map_tasks(time.sleep, [(600,)], lambda nothing: None),
-        lambda: ray_cluster.wait_for(ray.remote(time.sleep).options(num_cpus=0).remote(600), begun.release),
+        lambda: ray_cluster.map_tasks(sleeps, [()], lambda nothing: None),
+        lambda: ray_cluster.wait_for(ray.remote(sleeps).options(num_cpus=0).remote(), begun.release),
     )
     threads = [threading.Thread(target=work, args=[wait]) for wait in waits]
     for thread in threads:
         thread.start()
-    begun.acquire()
+    assert begun.acquire(timeout=60)
     ends.set()
     for thread in threads:
         thread.join()

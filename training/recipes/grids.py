@@ -79,7 +79,7 @@ def ours() -> tuple[GridRow, ...]:
     No paper has these figures.
     """
     return tuple(
-        GridRow(title, {"method.encoding": "embedding", "method.half_period": half, "method.relative": relative})
+        GridRow(title, {"method.half_period": half, "method.relative": relative, "method.encoding": "embedding"})
         for title, half, relative in (
             ("neither", False, False),
             ("half period", True, False),

@@ -29,6 +29,7 @@ from preprocessing.sample import distances
 from training.batch import Batch, Example, collate
 from training.methods.base import Method
 from training.metrics import memory_gib
+from training.precision import autocast, multiplies_bf16
 from training.recipe import Recipe
 from training.recipes import recipe
 from training.recipes.generalist import base_420, coco_mini, demo, large_420, large_518
@@ -54,7 +55,7 @@ class Bench:
 
     def outputs(self, part: str) -> list[Tensor]:
         """What the encoder, the network, or the losses of both tasks give."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.bf16):
+        with autocast(self.recipe.train.bf16, self.device):
             if part == "encoder":
                 return list(self.method.backbone(self.batch.images_B3HW))
             if part == "network":
@@ -135,7 +136,7 @@ def step_of(bench: Bench) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=train.bf16):
+        with autocast(train.bf16, bench.device):
             losses = bench.method.losses(bench.batch, next(count))
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(bench.method.parameters(), train.clip)
@@ -170,7 +171,11 @@ def report(chosen: Recipe, device: torch.device) -> float:
         rates[variant] = 3 * images / three
         print(f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {memory_gib(device):.1f} GiB")
     bench = make(chosen, images, device, True, False)
-    flops, peak, best = flops_per_image(bench.recipe), peak_flops(device, bench.recipe.train.bf16), max(rates.values())
+    flops, peak, best = (
+        flops_per_image(bench.recipe),
+        peak_flops(device, bench.recipe.train.bf16 and multiplies_bf16(device.type)),
+        max(rates.values()),
+    )
     print(f"{name}: {flops / 1e9:.1f} GFLOP an image, {flops * best / peak:.1%} of {peak / 1e12:.2f} TFLOP/s")
     parts = {
         p: seconds(lambda p=p: bench.forward_backward(p), device, rounds) for p in ("encoder", "network", "losses")

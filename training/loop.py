@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from infra.errors import TesseraError
 from infra.version import code_version
 from preprocessing.shards import ShardSet
-from training import parallel
+from training import parallel, precision
 from training.batch import Batch
 from training.checkpoints import State
 from training.dry_run import keeping_buffers, largest_batch, optimizer_room, telling_knobs
@@ -191,7 +191,7 @@ class Trainer:
     def _pass(self, module: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Forward and backward; the losses' part in the mean over the images of a whole step."""
         part = len(batch.keys) / self.config.batch
-        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with precision.autocast(self.config.bf16, self.place.device):
             losses = module(batch.to(self.place.device), step)
         total = torch.stack(list(losses.values())).sum()
         (total * (part * self.place.world)).backward()  # gradients are averaged over workers, whose shares may differ
@@ -222,7 +222,8 @@ class Trainer:
                 for _ in self.share.passes[:2]:  # the second has the gradients of the first beside it
                     self._pass(self.spread, batch, step)  # and the exchange of gradients, whose buffers count too
                 self.optimizer.zero_grad(set_to_none=True)
-        return f"dry run: a pass of {shape} fits, {memory_gib(self.place.device):.1f} GiB held"
+        kind = precision.told(self.config.bf16, self.place.device)
+        return f"dry run: a pass of {shape} fits, {memory_gib(self.place.device):.1f} GiB held, in {kind}"
 
     def row(self, samples: int, wants: bool) -> tuple[Row, bool]:
         """(what the run was like since the last row, whether worker 0 `wants` something); the same on all workers."""

@@ -51,7 +51,7 @@ class TrainConfig:
     """Most images one worker takes at once; the rest of its share follows in further passes. No part of a run's
     identity."""
     bf16: bool = True
-    """Autocast to bfloat16; losses stay in float32."""
+    """Autocast to bfloat16 where the device multiplies in it: precision.autocast. Losses stay in float32."""
     compile: bool = False
     """torch.compile the network: a minute at the start for faster steps, where benchmarks/train_step.py shows any."""
     seed: int = 0

@@ -338,7 +338,12 @@ def exported(network: Network, first: bool) -> Callable[[Tensor], tuple[Tensor, 
 
 @pytest.mark.parametrize(
     ("way", "pisr", "first"),
-    [(way, *options) for way in (compiled, exported) for options in ((None, False), (PISR, True))],
+    [
+        pytest.param(compiled, None, False, marks=pytest.mark.slow),
+        (compiled, PISR, True),
+        pytest.param(exported, None, False, marks=pytest.mark.slow),
+        (exported, PISR, True),
+    ],
     ids=["compiled, alone", "compiled, pisr", "exported, alone", "exported, pisr"],
 )
 def test_a_graph_of_the_network_computes_the_same(way: Callable, pisr: PisrConfig | None, first: bool):

@@ -46,8 +46,8 @@ RECIPES = {
     "deeplab": panoptic_deeplab.debug_crop(),
     "pisr": panoptic_deeplab.debug_pisr(),
 }
-LONG = {"lite", "resnet", "swin", "pvt"}
-"""Each takes ten seconds of a free core."""
+LONG = {"lite", "resnet", "swin", "pvt", "deeplab"}
+"""Each takes ten seconds of a free core; PISR's network holds all of Panoptic-DeepLab's."""
 each_format = pytest.mark.parametrize("ending", FORMATS)
 
 

@@ -74,9 +74,9 @@ ALL_STUFF = replace(ALL_STUFF, decode=replace(ALL_STUFF.decode, min_stuff_area=0
     ("config", "frame", "least"),
     [
         (LONG_REACH, Frame(size=(420, 420)), 97.0),
-        (LONG_REACH, None, 99.5),
+        pytest.param(LONG_REACH, None, 99.5, marks=pytest.mark.slow),
         (ALL_STUFF, panoptic_deeplab.coco().evaluated, 99.9),
-        (ALL_STUFF, None, 99.9),
+        pytest.param(ALL_STUFF, None, 99.9, marks=pytest.mark.slow),
     ],
     ids=["generalist 420x420", "generalist own size", "deeplab 640x640", "deeplab own size"],
 )

@@ -267,6 +267,13 @@ def shows(method: Method, batch: Batch) -> bool:
     return refused(method, batch)
 
 
+def with_first(method: Method, parameter: torch.nn.Parameter, value: float) -> Method:
+    """The method with another first number in one of its parameters."""
+    with torch.no_grad():
+        parameter.view(-1)[0] = value
+    return method
+
+
 @pytest.mark.parametrize("values", [(torch.nan,), (torch.inf, -torch.inf)], ids=["nan", "inf"])
 def test_no_weight_that_is_not_finite_gives_a_map_in_silence(build: Build, values: tuple[float, ...]):
     """Whichever parameter has one; an infinity that a ReLU cuts off shows with the other sign, PISR's sigmoid bears
@@ -274,12 +281,9 @@ def test_no_weight_that_is_not_finite_gives_a_map_in_silence(build: Build, value
     method = build(few).eval()
     batch = batch_for(method, 1)
     for name, parameter in method.named_parameters():
-        before, shown = parameter.detach().clone(), []
-        for value in values:
-            with torch.no_grad():
-                parameter.view(-1)[0] = value
-            shown.append(shows(method, batch))
-        assert any(shown) or (".relations.weigh." in name and torch.nan not in values), name
+        before = parameter.detach().clone()
+        borne = ".relations.weigh." in name and torch.nan not in values
+        assert borne or any(shows(with_first(method, parameter, value), batch) for value in values), name
         with torch.no_grad():
             parameter.copy_(before)
     assert not refused(method, batch)

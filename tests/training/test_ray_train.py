@@ -109,6 +109,7 @@ def test_a_loss_that_is_not_finite_leaves_its_samples_and_the_last_good_checkpoi
     assert "dry run: a pass of 2 images of 32 x 32 fits" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_shard_that_is_damaged_ends_the_run_after_three_attempts_by_name(
     images_of_16: ShardSet,

@@ -171,11 +171,8 @@ def report(chosen: Recipe, device: torch.device) -> float:
         rates[variant] = 3 * images / three
         print(f"{name} {variant}: {rates[variant]:.1f} images/s, batch {images}, peak {memory_gib(device):.1f} GiB")
     bench = make(chosen, images, device, True, False)
-    flops, peak, best = (
-        flops_per_image(bench.recipe),
-        peak_flops(device, bench.recipe.train.bf16 and multiplies_bf16(device.type)),
-        max(rates.values()),
-    )
+    half = bench.recipe.train.bf16 and multiplies_bf16(device.type)
+    flops, peak, best = flops_per_image(bench.recipe), peak_flops(device, half), max(rates.values())
     print(f"{name}: {flops / 1e9:.1f} GFLOP an image, {flops * best / peak:.1%} of {peak / 1e12:.2f} TFLOP/s")
     parts = {
         p: seconds(lambda p=p: bench.forward_backward(p), device, rounds) for p in ("encoder", "network", "losses")

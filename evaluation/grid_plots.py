@@ -35,12 +35,12 @@ class Points:
 
 def charts(rows: Sequence[Points]) -> list[str]:
     """All rows beside one another, IoU over size, and PQ over each option that has three numbers or more."""
-    if not any(row.figures[PANELS[0]] for row in rows):
-        return []  # all have failed
-    found = [_dots(rows)]
+    measured = any(row.figures[PANELS[0]] for row in rows)
+    found = [_dots(rows)] if measured else []
     if any(size["iou"] is not None for row in rows for of_seed in row.sizes for size in of_seed):
         found.append(_sizes(rows))
-    return found + [_curve(name, rows) for name in rows[0].options if len(_numbers(name, rows)) >= _CURVE]
+    curved = [name for name in rows[0].options if measured and len(_numbers(name, rows)) >= _CURVE]
+    return found + [_curve(name, rows) for name in curved]
 
 
 def _dots(rows: Sequence[Points]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants  # these three: Ray has no public way to withdraw a hook
 from ray._private.runtime_env.setup_hook import _encode_function_key
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 

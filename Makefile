@@ -55,7 +55,7 @@ chaos: $(READY)
 day: $(READY)
 	@$(BIN)/python -m tests.day
 
-# Two machines, and a third for store and server, as network namespaces: ten minutes, as root; .tessera/machines.
+# Two machines, and a third for store and server, as network namespaces: 20 minutes, as root; .tessera/machines.
 machines: $(READY)
 	@$(BIN)/python -m tests.machines
 

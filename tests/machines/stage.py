@@ -103,6 +103,7 @@ def set_up(first: Machine, second: Machine, third: Machine, tell: Chronicle) -> 
         pool = "prefect work-pool create tessera --type process && prefect deploy --all"
         first.start("worker", "bash", "-c", f"{pool} && exec prefect worker start --pool tessera")
         until(lambda: stage.api("deployments/filter", {}), 180, "the deployments")
+        until(lambda: stage.api("work_pools/tessera/workers/filter", {}), 180, "the worker")
     return stage
 
 

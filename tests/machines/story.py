@@ -52,8 +52,13 @@ def play(stage: Stage, tell: Chronicle) -> str:
         until(lambda: stage.api(f"flow_runs/{run}")["state_type"] in ENDED, 900, "the end")
         state = stage.api(f"flow_runs/{run}")["state_name"]
         tell.expect(state == "Completed", f"the flow run ended as {state}")
-        tell.note(next(line["message"] for line in reversed(stage.logs(run)) if "report: " in line["message"]))
+        until(lambda: _reports(stage, run), 60, "the report in the flow run's log")  # lines come after the state
+        tell.note(_reports(stage, run)[-1])
     return run
+
+
+def _reports(stage: Stage, run: str) -> list[str]:
+    return [line["message"] for line in stage.logs(run) if "report: " in line["message"]]
 
 
 def _expect_both(stage: Stage, tell: Chronicle, told: str) -> None:

@@ -22,7 +22,7 @@ PLAN = """Tessera demo: train-coco on a synthetic panoptic set, from scratch, on
   1. start a temporary Prefect server                         about 10 s
   2. write 3000 + 200 synthetic images in COCO's layout       about 10 s
   3. start a local Ray, precompute targets into shards        about 15 s
-  4. train a 1.1M-parameter model on 2 workers, 3000 steps    about 4 min
+  4. train a 1.1M-parameter model on 2 workers, 3000 steps    4 to 10 min
   5. evaluate 200 unseen images, write the report             about 15 s
 Everything it writes lies in .tessera; what is there already is not made again.
 """

@@ -31,14 +31,13 @@ class TrainedRun:
     path: str
     """Folder under the store's root; it holds the weights, the metrics' table and the manifest."""
     steps: int
-    workers: int
     seconds: float
     """Of the last attempt, waiting for workers included."""
 
     @classmethod
     def of(cls, path: str, manifest: dict[str, Any]) -> "TrainedRun":
         """From the manifest's content."""
-        return cls(path, manifest["steps"], manifest["workers"], manifest["seconds"])
+        return cls(path, manifest["steps"], manifest["seconds"])
 
 
 def read_run(store_url: str, path: str) -> TrainedRun | None:

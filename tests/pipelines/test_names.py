@@ -22,7 +22,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, str]]:
 
     def run_training(chosen, train_set, url, crew, *, init, check, watch) -> TrainedRun:
         found.append((init, train_set.path))
-        return TrainedRun(chosen.run_path(train_set.path, init), 1, 1, 1.0)
+        return TrainedRun(chosen.run_path(train_set.path, init), 1, 1.0)
 
     monkeypatch.setattr(flow, "run_training", run_training)
     monkeypatch.setattr(flow, "TrainProgress", lambda: None)

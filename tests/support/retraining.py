@@ -54,7 +54,7 @@ def write_run(store: Store, recipe: Recipe, train_set: ShardSet, right: int, ini
     write_metrics(store, path, course(steps=4))
     content = {"recipe": recipe, "train_set": train_set.path, "init": init, "right": right}
     artifacts.write_manifest(store, path, content | {"steps": 1, "workers": 1, "seconds": 1.0})
-    return TrainedRun(path, 1, 1, 1.0)
+    return TrainedRun(path, 1, 1.0)
 
 
 def write_evaluation(

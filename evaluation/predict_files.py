@@ -17,8 +17,9 @@ from evaluation.images import UserImage, read_image
 from evaluation.predict import Prediction, Predictor
 from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
 from infra.errors import TesseraError
+from infra.opening import check_size
 from infra.store import Store, open_store
-from preprocessing.files import check_size, shown
+from infra.text import shown
 from preprocessing.labels import LabelTable
 from preprocessing.source import stable_id
 

@@ -1,12 +1,17 @@
 """The one error that users see."""
 
+from infra.text import sentence
+
 
 class TesseraError(Exception):
     """Bad input, configuration or environment, told in one sentence that names the culprit.
 
     Entry points print its text alone and exit with 1; every other exception is a bug of ours and keeps
-    its traceback.
+    its traceback. Its text is one line of bounded length, whatever names of strangers stand in it (infra.text).
     """
+
+    def __init__(self, text: object = "", *facts: object) -> None:
+        super().__init__(sentence(text), *facts)
 
 
 class StoreError(TesseraError):

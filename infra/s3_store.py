@@ -152,6 +152,11 @@ class S3Store(Store):
                 return False
             return True
 
+    def stat(self, key: str) -> Entry:
+        with _telling("look up", url := self.url_for(key)):
+            found = self._patiently(lambda: self._client.head_object(**_address(url)))
+            return Entry(key, found["ContentLength"], found["LastModified"].astimezone(UTC))
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
         root = _address(f"{self.url}/")
         start = len(root["Key"])
@@ -286,7 +291,7 @@ def _telling(verb: str, url: str) -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
-        gone = isinstance(error, ClientError) and error.response["Error"]["Code"] == "NoSuchKey"
+        gone = isinstance(error, ClientError) and error.response["Error"]["Code"] in ("NoSuchKey", "404")
         raise (NoSuchObject if gone else StoreError)(f"cannot {verb} {url}: {_cause(error)}") from error
 
 

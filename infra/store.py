@@ -5,7 +5,9 @@ behave alike. Keys are relative and "/"-separated; none may be the folder of ano
 StoreError, a TesseraError that names the operation, the URL and the cause.
 """
 
+import errno
 import os
+import stat
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from infra.errors import NoSuchObject, StoreError, TesseraError
+from infra.opening import open_regular
 
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _UNUSABLE = (FileExistsError, NotADirectoryError, PermissionError)
@@ -74,6 +77,10 @@ class Store(ABC):
         """Whether there is such an object."""
 
     @abstractmethod
+    def stat(self, key: str) -> Entry:
+        """The object's size, and when it was written by the store's own clock. NoSuchObject if there is none."""
+
+    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects whose key starts with the text `prefix`, sorted by key."""
 
@@ -97,7 +104,7 @@ class FolderStore(Store):
 
     def open(self, key: str) -> BinaryIO:
         with _telling("read", url := self.url_for(key)):
-            return Path(url).open("rb")
+            return open_regular(url)
 
     def write(self, key: str, data: bytes) -> None:
         with _telling("write", url := self.url_for(key)), _partial(Path(url), data) as whole:
@@ -114,6 +121,13 @@ class FolderStore(Store):
     def exists(self, key: str) -> bool:
         with _telling("look up", url := self.url_for(key)):
             return Path(url).is_file()
+
+    def stat(self, key: str) -> Entry:
+        with _telling("look up", url := self.url_for(key)):
+            status = Path(url).stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         root = Path(self.url)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from evaluation.champion import current, history
 from infra.errors import TesseraError
 from infra.store import open_store
+from infra.text import shown
 from pipelines.jobs import StoredJob
-from preprocessing.files import shown
 from preprocessing.inbox import decisions, uploads, withdraw
 
 _WAITS, _NOT_WHOLE = "waits for the next round", "is not whole yet: no _SUCCESS, or it is older than the rest"

@@ -19,12 +19,12 @@ from infra import artifacts, ray_cluster
 from infra.errors import TesseraError
 from infra.in_use import in_use
 from infra.store import Store, open_store
+from infra.text import shown
 from pipelines.logs import flow_logs
 from pipelines.progress import TrainProgress
 from pipelines.retrain_job import Line, Retrain, decoded, read_line
 from pipelines.steps import step
 from preprocessing import shards
-from preprocessing.files import shown
 from preprocessing.inbox import Decision, Upload, decisions, uploads
 from preprocessing.ray_inbox import take_in
 from preprocessing.shards import ShardSet, join, read_set

@@ -6,7 +6,6 @@ worker reads one sample of 118,000 without knowing of the others.
 
 import io
 import os
-import stat
 import struct
 import tempfile
 import zipfile
@@ -18,10 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from infra.errors import NoSuchObject, TesseraError
+from infra.opening import check_size, read_regular
 from infra.store import open_store
-
-MAX_BYTES = 1 << 31
-"""Largest file, member of a zip or object that is read into memory: a guard against bombs."""
+from infra.text import shown
 
 _MOST_INFLATED = 100
 """How much larger a zip in a zip may be than what it is packed in; a bomb is up to 1032 times as large."""
@@ -78,8 +76,7 @@ class File:
         if self._is_object:
             return self._read_object()
         if self.member is None:
-            self._check_regular()
-            return Path(self.path).read_bytes()
+            return self._read_disk()
         check_size(self.member.size)
         data = b"".join(_inflated(self.member, self._disk()))
         if zlib.crc32(data) != self.member.crc:
@@ -115,15 +112,11 @@ class File:
         except NoSuchObject as error:
             raise FileNotFoundError("the object is gone since the data set was listed") from error
 
-    def _check_regular(self) -> None:
-        """A pipe in the place of a file would keep its reader waiting for ever, a sparse one can be of any size."""
+    def _read_disk(self) -> bytes:
         try:
-            found = Path(self.path).stat()
+            return read_regular(self.path)
         except NotADirectoryError as error:
-            raise FileNotFoundError(f"there is none in {error.filename}") from error
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError("it is no regular file")
-        check_size(found.st_size)
+            raise FileNotFoundError(f"there is none in {Path(self.path).parent}") from error
 
     def _disk(self) -> str:
         container = self.member and self.member.container
@@ -226,21 +219,10 @@ def _telling(path: Path) -> Iterator[None]:
         raise TesseraError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def shown(name: str) -> str:
-    """A file's name for a terminal, a log or a page, which some names would upset."""
-    return name if name.isprintable() else ascii(name)
-
-
 def leads_outside(name: str) -> bool:
     """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts
-
-
-def check_size(size: int) -> None:
-    """Raises OSError for more bytes than are read at once."""
-    if size > MAX_BYTES:
-        raise OSError(f"{size} bytes are too many for one file, at most {MAX_BYTES} are read")
 
 
 def _below(name: str, files: dict[str, File]) -> dict[str, File]:

@@ -21,7 +21,7 @@ from infra import artifacts
 from infra.copying import WHOLE
 from infra.errors import TesseraError
 from infra.store import Entry, Store
-from preprocessing.files import shown
+from infra.text import shown
 from preprocessing.labels import LabelTable
 from preprocessing.source import Index, Rejected
 from preprocessing.validate import Findings, examine_index, to_html

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from infra import opening
 from infra.errors import TesseraError
-from preprocessing.files import MAX_BYTES
 from preprocessing.geometry import PADDING, Frame, Size, resize_labels
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
@@ -163,7 +163,7 @@ def _from_facts(facts: Any, fields: Mapping[str, bytes]) -> Sample:
     for name, declared in facts["arrays"].items():
         dtype, shape = np.dtype(declared["dtype"]), declared["shape"]
         size = dtype.itemsize * math.prod(shape)
-        if name not in ARRAYS or dtype.kind not in "iu" or size > MAX_BYTES:
+        if name not in ARRAYS or dtype.kind not in "iu" or size > opening.MOST:
             raise ValueError(f"an array {name} of {dtype}, {size} bytes")
         raw = _lz4().decompress(fields[f"{name}.lz4"], size)
         arrays[name] = np.frombuffer(raw, dtype).reshape(shape)

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from infra.errors import TesseraError
+from infra.text import sentence, shown
 from preprocessing.files import File
 from preprocessing.geometry import Size
 from preprocessing.labels import LabelTable
@@ -23,6 +24,9 @@ ORIENTATION = 0x0112
 class BadSample(Exception):
     """A sample that cannot be used; its text is the reason kept in the manifest."""
 
+    def __init__(self, reason: object) -> None:
+        super().__init__(sentence(reason))
+
 
 @dataclass(frozen=True)
 class Defect:
@@ -35,6 +39,10 @@ class Defect:
     usable: bool = False
     """The sample can be trained on all the same."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "problem", sentence(self.problem))
+        object.__setattr__(self, "file", shown(self.file))
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -43,6 +51,10 @@ class Rejected:
     image_id: int | None
     file: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", shown(self.file))
+        object.__setattr__(self, "reason", sentence(self.reason))
 
     def __str__(self) -> str:
         named = "" if self.image_id is None else f"image {self.image_id}, "

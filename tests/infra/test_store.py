@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from infra.errors import TesseraError
+from infra.errors import NoSuchObject, TesseraError
 from infra.seaweed import S3Server
 from infra.store import Store, open_store
 
@@ -48,8 +48,8 @@ def test_odd_keys_are_kept_as_they_are(store: Store, key: str):
 
 
 def test_a_missing_key_is_named_in_full(store: Store):
-    for read in (store.read, store.open):
-        with pytest.raises(TesseraError, match=store.url_for("no/such.tar")):
+    for read in (store.read, store.open, store.stat):
+        with pytest.raises(NoSuchObject, match=store.url_for("no/such.tar")):
             read("no/such.tar")
 
 
@@ -97,10 +97,14 @@ def test_list_sorts_by_key_and_takes_any_prefix(store: Store):
 
 def test_list_tells_size_and_time(store: Store):
     store.write("key", b"12345")
-    (entry,) = store.list()
-    assert (entry.key, entry.size) == ("key", 5)
-    assert entry.modified.tzinfo is UTC
-    assert abs(datetime.now(UTC) - entry.modified) < timedelta(minutes=1)
+    store.write("folder/inside", b"")
+    entry, _ = store.list()
+    for found in (entry, store.stat("key")):
+        assert (found.key, found.size) == ("key", 5)
+        assert found.modified.tzinfo is UTC
+        assert abs(datetime.now(UTC) - found.modified) < timedelta(minutes=1)
+    with pytest.raises(NoSuchObject, match="folder"):
+        store.stat("folder")
 
 
 def test_an_unwritten_store_is_empty(store: Store):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infra import opening
 from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing import files
 from preprocessing.coco import read_index
 from preprocessing.files import File, Tree, list_zip
 from preprocessing.shards import ShardConfig, plan
@@ -145,7 +145,7 @@ def test_a_member_of_more_than_memory_is_refused_before_it_is_read(tmp_path: Pat
     path = tmp_path / "large.zip"
     with zipfile.ZipFile(path, "w", DEFLATED) as archive:
         archive.writestr("a", bytes(100_000))
-    monkeypatch.setattr(files, "MAX_BYTES", 99_999)
+    monkeypatch.setattr(opening, "MOST", 99_999)
     (large,) = list_zip(File(str(path)))
     with pytest.raises(OSError, match="100000 bytes are too many"):
         large.read()

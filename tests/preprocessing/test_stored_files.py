@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from infra import opening
 from infra.errors import StoreError, TesseraError
 from infra.s3_store import S3Store
 from infra.seaweed import S3Server, seaweed
 from infra.store import Store, open_store
-from preprocessing import files
 from preprocessing.files import File, Tree
 from preprocessing.layouts import read_index
 from preprocessing.shards import Shard, ShardConfig, compute_shard, plan
@@ -304,7 +304,7 @@ def test_an_object_of_more_than_memory_is_refused_before_it_is_read(
     twins: Twins, s3_store: S3Store, monkeypatch: pytest.MonkeyPatch
 ):
     image = twins.remote().records[0].image
-    monkeypatch.setattr(files, "MAX_BYTES", image.size() - 1)
+    monkeypatch.setattr(opening, "MOST", image.size() - 1)
     with requests(s3_store) as sent, pytest.raises(OSError, match="bytes are too many"):
         image.read()
     assert sent == []

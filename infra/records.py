@@ -29,7 +29,8 @@ def parse(kind: type[T], data: bytes | str, source: str) -> T:
     """
     try:
         from_json(data, allow_inf_nan=False)
-        found: T = _adapter(kind).validate_json(data, strict=True)
+        hashable: Any = kind  # mypy holds no type for one
+        found: T = _adapter(hashable).validate_json(data, strict=True)
     except ValidationError as error:
         raise TesseraError(f"{source}: {_told(error)}") from error
     except ValueError as error:

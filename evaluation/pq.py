@@ -288,16 +288,15 @@ def summarise(stats: PQStats, labels: LabelTable) -> dict[str, Any]:
 
     `pq`, `sq`, `rq` each hold `all`, `things`, `stuff` (means over the categories that occur, that is with
     tp + fp + fn > 0; None if there is none) and `per_category` (by name; None where it does not occur).
-    `counts` holds under the same keys the sums tp, fp, fn, for groups also the categories that occur. A
-    name that several categories share is written "name (dataset id)". Raises TesseraError when `labels`
-    has another number of categories.
+    `counts` holds under the same keys the sums tp, fp, fn, for groups also the categories that occur. The
+    names are LabelTable.unique_names. Raises TesseraError when `labels` has another number of categories.
     """
     if len(stats) != len(labels):
         raise TesseraError(f"PQ statistics of {len(stats)} categories, but the label table has {len(labels)}")
     weight_C = stats.tp + (stats.fp + stats.fn) / 2
     occurs_C = weight_C > 0
     groups = {"all": occurs_C, "things": occurs_C & labels.is_thing, "stuff": occurs_C & ~labels.is_thing}
-    names = _unique_names(labels)
+    names = labels.unique_names
     counts = {group: {"categories": int(in_C.sum()), **_counts(stats, in_C)} for group, in_C in groups.items()}
     return {
         "pq": _averages(_percent(stats.iou, weight_C), groups, names),
@@ -322,7 +321,3 @@ def _percent(part_C: NDArray[Any], whole_C: NDArray[Any]) -> NDArray[np.float64]
 def _counts(stats: PQStats, chosen: NDArray[np.bool_] | int) -> dict[str, int]:
     return {name: int(getattr(stats, name)[chosen].sum()) for name in ("tp", "fp", "fn")}
 
-
-def _unique_names(labels: LabelTable) -> list[str]:
-    times = Counter(labels.names)
-    return [c.name if times[c.name] == 1 else f"{c.name} ({c.dataset_id})" for c in labels.categories]

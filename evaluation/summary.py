@@ -70,7 +70,7 @@ def _confusions(score: Score, labels: LabelTable) -> list[dict[str, Any]]:
     wrong = score.confusion.copy()
     np.fill_diagonal(wrong, 0)
     total, of_truth = max(1, int(score.confusion.sum())), np.maximum(score.confusion.sum(axis=1), 1)
-    names = [*labels.names, "void"]
+    names = [*labels.unique_names, "void"]
     found = []
     for place in np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]:
         true, predicted = np.unravel_index(place, wrong.shape)

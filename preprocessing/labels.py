@@ -1,5 +1,6 @@
 """LabelTable: the only place that knows categories."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +110,24 @@ class LabelTable:
     def names(self) -> tuple[str, ...]:
         """By contiguous id."""
         return tuple(c.name for c in self.categories)
+
+    @cached_property
+    def unique_names(self) -> tuple[str, ...]:
+        """By contiguous id, no two alike: what reports call categories.
+
+        A name that several have, or that says nothing, has its dataset id behind it, "wall (17)", as often as it takes
+        to be no name of another category.
+        """
+        times, given = Counter(self.names), list[str]()
+        taken = set(self.names)
+        for category in self.categories:
+            name = category.name if category.name.strip() else "category"
+            if times[category.name] > 1 or name != category.name:
+                while (name := f"{name} ({category.dataset_id})") in taken:
+                    pass
+                taken.add(name)
+            given.append(name)
+        return tuple(given)
 
 
 def _byte(value: Any) -> int:

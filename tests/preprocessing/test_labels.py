@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infra.errors import TesseraError
 from preprocessing.labels import Category, LabelTable
@@ -56,3 +58,20 @@ def test_another_missing_field_is_named_without_the_hint(name: str):
 def test_an_empty_table_is_refused():
     with pytest.raises(TesseraError, match="empty"):
         LabelTable.from_coco([])
+
+
+ODD_NAMES = st.one_of(
+    st.sampled_from(["a", "A", "a (1)", "a (2)", "a (1) (1)", "", " ", "category", "category (1)", "void", "1e5", "<b>"]),
+    st.text(max_size=3),
+)
+
+
+@given(st.lists(ODD_NAMES, min_size=1, max_size=12), st.randoms())
+def test_every_category_has_a_name_of_its_own_whatever_they_are_called(names: list[str], random):
+    ids = random.sample(range(1, 15), len(names))
+    table = LabelTable(tuple(Category(i, name, True, (0, 0, 0)) for i, name in zip(ids, names, strict=True)))
+    unique = table.unique_names
+    assert len(set(unique)) == len(unique) == len(names)
+    for name, called, number in zip(names, unique, ids, strict=True):
+        assert called.strip()
+        assert called == name if names.count(name) == 1 and name.strip() else called.endswith(f" ({number})")

@@ -18,14 +18,13 @@ from ray._private import ray_constants  # these three: Ray has no public way to 
 from ray._private.runtime_env.setup_hook import _encode_function_key
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-from infra import interrupt
+from infra import interrupt, ray_address
 from infra.errors import TesseraError
 from infra.version import SHIPPED, code_version
 
 T = TypeVar("T")
 log = logging.getLogger("tessera.ray")
 
-LOCAL = "local"
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -44,13 +43,14 @@ _LOOK_SECONDS = 1.0  # between questions how large the cluster is: each costs ha
 
 
 @contextmanager
-def session(address: str = LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None]:
-    """Connect to `address` ("local" starts a cluster in this process' care, "auto", or host:port).
+def session(address: str = ray_address.LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None]:
+    """Connect to `address` (infra.ray_address; "local" starts a cluster in this process' care).
 
-    On the way out the connection is shut down and with it all work this process has submitted. Raises
-    TesseraError when no cluster answers, and when this machine alone has fewer GPUs or CPUs than that: work that asks
-    for them would wait for ever. (Another cluster may grow.)
+    On the way out the connection is shut down and with it all work this process has submitted. Raises TesseraError for
+    any other address, when no cluster answers, and when this machine alone has fewer GPUs or CPUs than that: work that
+    asks for them would wait for ever. (Another cluster may grow.)
     """
+    address = ray_address.checked(address)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -58,7 +58,7 @@ def session(address: str = LOCAL, gpus: int = 0, cpus: int = 0) -> Iterator[None
             _connect(address)
         for kind, asked in (("GPU", gpus), ("CPU", cpus)):
             found = int(ray.cluster_resources().get(kind, 0))
-            if address == LOCAL and found < asked:
+            if address == ray_address.LOCAL and found < asked:
                 raise TesseraError(
                     f"{asked} {kind}s are asked for, this machine has {found}: ask for fewer, or join a cluster"
                 )
@@ -82,7 +82,7 @@ def _own_sigterm() -> Iterator[None]:
 def _connect(address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     code = code_version()  # as it is now: by the end of a long run the checkout may be another
-    if address == LOCAL:
+    if address == ray_address.LOCAL:
         os.environ[SHIPPED] = code  # its processes inherit it
         options |= {"include_dashboard": False, "object_store_memory": 200 << 20}
         options |= {"_node_ip_address": "127.0.0.1"}

@@ -21,13 +21,12 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from infra import ray_cluster
+from infra import ray_address, ray_cluster
 from infra.errors import TesseraError
 from infra.health import MISSING, Clock, Disk, Facts, Place, StoreFacts
 from infra.store import open_store
@@ -114,7 +113,8 @@ def bounded(function: Callable[[], T], seconds: float, what: str) -> T:
 @contextmanager
 def connected(address: str, seconds: float) -> Iterator[None]:
     """ray_cluster.session for one who doubts: TesseraError, with the remedy after a semicolon, within `seconds`."""
-    if address != ray_cluster.LOCAL:
+    address = ray_address.checked(address)
+    if address != ray_address.LOCAL:
         _knock(address)
         _try(address, seconds)
     with ray_cluster.session(address):
@@ -151,19 +151,15 @@ def summary() -> str:
 
 def _knock(address: str) -> None:
     """Raise TesseraError where the address names a port and nothing listens there."""
-    url = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        port = url.port
-    except ValueError as error:
-        raise TesseraError(f"Ray at {address!r}: {error}; expected local, auto or host:port") from error
-    if url.hostname is None or port is None:
+    place = ray_address.host_and_port(address)
+    if place is None:
         return
     try:
-        socket.create_connection((url.hostname, port), _PORT_SECONDS).close()
+        socket.create_connection(place, _PORT_SECONDS).close()
     except OSError as error:
         raise TesseraError(
-            f"nothing answers at {url.hostname}:{port}: {error.strerror or error}; start Ray there (ray start --head "
-            f"--port={port}), open the port, or correct TESSERA_RAY or the job's `ray`"
+            f"nothing answers at {address}: {error.strerror or error}; start Ray there (ray start --head "
+            f"--port={place[1]}), open the port, or correct TESSERA_RAY"
         ) from error
 
 

@@ -13,10 +13,12 @@ from pydantic import (
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
+from infra import ray_address
 from infra.errors import TesseraError
 from infra.store import open_store
 from training.shares import Crew
@@ -35,10 +37,15 @@ class Job(BaseModel):
 
     gpus: bool = Field(False, description="One GPU for each training worker and each task that runs a network.")
     ray: str = Field(
-        default_factory=lambda: os.environ.get("TESSERA_RAY", "local"),
-        description="'local' starts Ray here; 'auto' or host:port joins the cluster that this machine is a node of. "
-        "Default: TESSERA_RAY, else local.",
+        default_factory=ray_address.from_environment,
+        description="'local' starts Ray here, 'auto' joins the cluster that this machine is a node of; another one is "
+        "named by TESSERA_RAY, never by a job. Default: TESSERA_RAY, else local.",
     )
+
+    @field_validator("ray")
+    @classmethod
+    def _ray_is_the_workers_own(cls, address: str) -> str:
+        return ray_address.chosen(address)
 
 
 class StoredJob(Job):

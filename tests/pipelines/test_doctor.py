@@ -128,8 +128,8 @@ def two_nodes(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_sick_node_and_a_silent_one_are_named(two_nodes, tmp_path):
     cluster, node = two_nodes
-    job = {"storage": str(tmp_path / "store"), "ray": cluster.address, "least_free_gb": 0.5, "seconds": 100}
-    done = run("-m", "pipelines.doctor", json.dumps(job), folder=tmp_path)
+    job = {"storage": str(tmp_path / "store"), "least_free_gb": 0.5, "seconds": 100}
+    done = run("-m", "pipelines.doctor", json.dumps(job), folder=tmp_path, TESSERA_RAY=cluster.address)
     assert done.returncode == 1, done.stderr
     bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
     (where,) = {line.split()[2] for line in bad}
@@ -142,7 +142,8 @@ def test_a_sick_node_and_a_silent_one_are_named(two_nodes, tmp_path):
     raylet = node.all_processes["raylet"][0].process.pid
     os.kill(raylet, signal.SIGSTOP)
     try:
-        done = run("-m", "pipelines.doctor", json.dumps(job | {"seconds": 20}), folder=tmp_path)
+        job |= {"seconds": 20}
+        done = run("-m", "pipelines.doctor", json.dumps(job), folder=tmp_path, TESSERA_RAY=cluster.address)
     finally:
         os.kill(raylet, signal.SIGCONT)
     assert done.returncode == 1, done.stderr

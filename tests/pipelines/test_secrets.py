@@ -116,8 +116,8 @@ def ray_folder(monkeypatch):
 
 
 @pytest.fixture
-def head(own_secrets, ray_folder):
-    """A cluster whose nodes know no key, with its dashboard: (its address, that of the dashboard)."""
+def head(own_secrets, ray_folder, monkeypatch):
+    """A cluster whose nodes know no key, TESSERA_RAY from now on: (its address, that of the dashboard)."""
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
     ports = dict(zip(names, processes.free_ports(len(names)), strict=True))
     options = {**ports, "min-worker-port": 0, "max-worker-port": 0}  # any: the default range holds some of ours
@@ -136,7 +136,8 @@ def head(own_secrets, ray_folder):
 
     try:
         until(answers, 60)
-        yield f"127.0.0.1:{ports['port']}", dashboard
+        monkeypatch.setenv("TESSERA_RAY", f"127.0.0.1:{ports['port']}")
+        yield os.environ["TESSERA_RAY"], dashboard
     finally:
         processes.stop(process)
 

@@ -64,7 +64,7 @@ def score_image(truth: Entry, prediction: Entry, categories: int) -> PQStats:
         sizes = (f"{shape[1]}x{shape[0]}" for shape in (predicted_HW.shape, truth_HW.shape))
         raise TesseraError(f"{prediction.png}: {' px, the truth is '.join(sizes)}")
     if int(area_M.sum()) != predicted_HW.size:
-        ids = np.unique(rgb_ids.read_png(prediction.png.read_bytes())[predicted_HW == UNKNOWN])
+        ids = np.unique(rgb_ids.read_png(File(str(prediction.png)).read())[predicted_HW == UNKNOWN])
         covered = f"{(predicted_HW == UNKNOWN).sum()} px have ids that are not in the JSON"
         raise TesseraError(f"{prediction.png}: {covered}: {', '.join(map(str, ids[:5]))}")
     empty = prediction.ids_N[area_M[1:] == 0]

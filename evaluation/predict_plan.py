@@ -134,7 +134,7 @@ def _found(source: str, output: str) -> tuple[Store, list[Item], list[str]]:
     folder, _, name = root.url.rpartition("/")
     parent = open_store(folder or "/") if folder != "s3:/" else None
     if parent is not None and parent.exists(name):
-        return parent, [Item(name, hashlib.sha256(parent.read(name)).hexdigest())], []
+        return parent, [Item(name, hashlib.sha256(parent.read_named(name)).hexdigest())], []
     listed = [entry for entry in root.list() if not _hidden(entry.key)]
     outputs = tuple(entry.key.removesuffix(CLAIM) for entry in listed if PurePosixPath(entry.key).name == CLAIM)
     if root.url == output or "" in outputs:
@@ -164,7 +164,7 @@ def _read_list(url: str) -> list[Item]:
     """The `images` of a COCO image info JSON, by name. TesseraError naming what is wrong with it."""
     folder, _, name = open_store(url).url.rpartition("/")
     try:
-        rows: list[Any] = json.loads(open_store(folder or "/").read(name))["images"]
+        rows: list[Any] = json.loads(open_store(folder or "/").read_named(name))["images"]
         items = [Item(str(r["file_name"]), "", int(r["id"]), (int(r["height"]), int(r["width"]))) for r in rows]
     except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         expected = "expected `images` with id, file_name, height and width"

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from infra.errors import NoSuchObject, StoreError, TesseraError
-from infra.opening import open_regular
+from infra.opening import MOST, Unfit, check_size, open_regular
 
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _UNUSABLE = (FileExistsError, NotADirectoryError, PermissionError)
@@ -59,6 +59,14 @@ class Store(ABC):
         """The whole object. NoSuchObject if there is none."""
         with self.open(key) as stream:
             return stream.read()
+
+    def read_named(self, key: str, most: int = MOST) -> bytes:
+        """`read`, of what a job names: StoreError if it has more than `most` bytes."""
+        try:
+            check_size(self.stat(key).size, most)
+        except Unfit as error:
+            raise StoreError(f"{self.url_for(key)}: {error}") from error
+        return self.read(key)
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:

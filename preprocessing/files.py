@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from infra.errors import NoSuchObject, TesseraError
-from infra.opening import check_size, read_regular
+from infra.opening import check_size, open_regular, read_regular
 from infra.store import open_store
 from infra.text import shown
 
@@ -255,7 +255,7 @@ def _opened(archive: File) -> tuple["_Window", File | None]:
     if member.deflated:
         return _Window(_unpacked(archive), 0, member.size), archive
     disk = archive._disk()
-    with Path(disk).open("rb") as stream:
+    with open_regular(disk) as stream:
         return _Window(disk, _seek_data(member, stream), member.size), member.container
 
 
@@ -263,7 +263,7 @@ def _inflated(member: Member, disk: str) -> Iterator[bytes]:
     """The bytes of a member in pieces. OSError if they are damaged or more than the zip's directory says."""
     inflate, left, given = zlib.decompressobj(-zlib.MAX_WBITS), member.stored, 0
     try:
-        with Path(disk).open("rb") as stream:
+        with open_regular(disk) as stream:
             _seek_data(member, stream)
             while left:
                 packed = stream.read(min(left, _CHUNK))
@@ -323,7 +323,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, path: str, start: int, size: int) -> None:
         self.start, self._size, self._at = start, size, 0
-        self._stream = Path(path).open("rb")  # noqa: SIM115 (closed with this one)
+        self._stream = open_regular(path)
 
     def readable(self) -> bool:
         return True

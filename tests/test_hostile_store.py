@@ -195,6 +195,30 @@ def _(folder: Path) -> None:
     plan_prediction(f"{folder}/train/x", str(folder / "photos"), str(folder / "out"))
 
 
+@case("predict-one-endless", r"x\.jpg: 1099511627776 bytes are too many for one file")
+def _(folder: Path) -> None:
+    (folder / "x.jpg").touch()
+    os.truncate(folder / "x.jpg", 1 << 40)
+    plan_prediction(f"{folder}/train/x", str(folder / "x.jpg"), str(folder / "out"))
+
+
+@case("predict-list-endless", r"list\.json: 1099511627776 bytes are too many for one file")
+def _(folder: Path) -> None:
+    (folder / "photos").mkdir()
+    (folder / "photos/x.jpg").write_bytes(b"")
+    (folder / "list.json").touch()
+    os.truncate(folder / "list.json", 1 << 40)
+    plan_prediction(f"{folder}/train/x", str(folder / "photos"), str(folder / "out"), str(folder / "list.json"))
+
+
+@case("predict-list-pipe", r"list\.json: No such file")
+def _(folder: Path) -> None:
+    (folder / "photos").mkdir()
+    (folder / "photos/x.jpg").write_bytes(b"")
+    os.mkfifo(folder / "list.json")
+    plan_prediction(f"{folder}/train/x", str(folder / "photos"), str(folder / "out"), str(folder / "list.json"))
+
+
 @case("predict-list-nested", r"list\.json: no list of images")
 def _(folder: Path) -> None:
     (folder / "photos").mkdir()

@@ -1,6 +1,7 @@
 """Data sets in zips give what the same data set gives unpacked."""
 
 import io
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -182,3 +183,9 @@ def test_sizes_and_checksums_are_the_same_on_disk_and_in_a_zip(tmp_path: Path):
     loose = File(str(tmp_path / "one"))
     assert (nested.size(), nested.crc(), nested.read()) == (loose.size(), loose.crc(), loose.read())
     assert str(nested) == f"{tmp_path}/outer.zip/inner.zip/one"
+
+
+def test_a_pipe_in_the_place_of_a_zip_is_refused_without_waiting(tmp_path: Path):
+    os.mkfifo(tmp_path / "annotations.zip")
+    with pytest.raises(TesseraError, match=r"annotations\.zip: not a readable zip \(it is no regular file\)"):
+        [*list_zip(File(str(tmp_path / "annotations.zip")))]

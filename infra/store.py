@@ -21,6 +21,7 @@ from urllib.request import url2pathname
 
 from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.opening import MOST, Unfit, check_size, open_regular
+from infra.walking import walk
 
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _UNUSABLE = (FileExistsError, NotADirectoryError, PermissionError)
@@ -33,6 +34,16 @@ class Entry:
     key: str
     size: int
     modified: datetime
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A listing that goes on where something cannot be listed."""
+
+    entries: tuple[Entry, ...]
+    """Sorted by key."""
+    faults: tuple[tuple[str, str], ...] = ()
+    """(key, what is wrong) of what is not among them, sorted."""
 
 
 def open_store(url: str) -> "Store":
@@ -92,6 +103,13 @@ class Store(ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects whose key starts with the text `prefix`, sorted by key."""
 
+    def look(self, prefix: str = "", closed: str | None = None) -> Listing:
+        """As `list`, where one entry of a folder that cannot be listed does not keep the others from it.
+
+        closed: below keys that start so a link is a fault, and not followed; a bucket has none.
+        """
+        return Listing(tuple(self.list(prefix)))
+
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object if there is one."""
@@ -137,15 +155,24 @@ class FolderStore(Store):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
+    def look(self, prefix: str = "", closed: str | None = None) -> Listing:
+        below = checked_prefix(prefix).rpartition("/")[0]
+        start, entries, faults = f"{below}/" if below else "", list[Entry](), list[tuple[str, str]]()
+        found = walk(Path(self.url, below), lambda name: closed is None or not f"{start}{name}".startswith(closed))
+        for one in found:
+            key = f"{start}{one.name}" if one.name else below
+            if one.status is None and (key.startswith(prefix) or prefix.startswith(key)):
+                faults.append((key, one.fault))
+            elif one.status is not None and key.startswith(prefix) and not Path(key).name.startswith(_PARTIAL):
+                modified = datetime.fromtimestamp(one.status.st_mtime, UTC)
+                entries.append(Entry(key, one.status.st_size, modified))
+        return Listing(tuple(sorted(entries)), tuple(sorted(faults)))
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        root = Path(self.url)
-        with _telling("list", self.url):
-            found = [
-                Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
-                for path, status in _walk(root / checked_prefix(prefix).rpartition("/")[0])
-                if (key := path.relative_to(root).as_posix()).startswith(prefix)
-            ]
-        return iter(sorted(found))
+        found = self.look(prefix)
+        for key, why in found.faults:
+            raise StoreError(f"cannot list {self.url}/{key}: {why}")
+        return iter(found.entries)
 
     def delete(self, key: str) -> None:
         with _telling("delete", url := self.url_for(key)), suppress(FileNotFoundError, NotADirectoryError):
@@ -202,22 +229,3 @@ def _partial(path: Path, data: bytes) -> Iterator[Path]:
         yield whole
     finally:
         whole.unlink(missing_ok=True)
-
-
-def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files under a folder, none if there is no such folder; files may come and go meanwhile.
-
-    Neither pipes and devices, at which a reader would wait for ever, nor links to a folder around them: two of those
-    would take as long.
-    """
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
-        status = folder.stat()
-        here = status.st_dev, status.st_ino
-        if here in above:
-            return
-        for item in found:
-            if item.is_dir():
-                yield from _walk(Path(item), above | {here})
-            elif item.is_file() and not item.name.startswith(_PARTIAL):
-                with suppress(FileNotFoundError):
-                    yield Path(item), item.stat()

@@ -98,7 +98,7 @@ def test_list_sorts_by_key_and_takes_any_prefix(store: Store):
 def test_list_tells_size_and_time(store: Store):
     store.write("key", b"12345")
     store.write("folder/inside", b"")
-    entry, _ = store.list()
+    _, entry = store.list()
     for found in (entry, store.stat("key")):
         assert (found.key, found.size) == ("key", 5)
         assert found.modified.tzinfo is UTC

@@ -320,4 +320,3 @@ def _percent(part_C: NDArray[Any], whole_C: NDArray[Any]) -> NDArray[np.float64]
 
 def _counts(stats: PQStats, chosen: NDArray[np.bool_] | int) -> dict[str, int]:
     return {name: int(getattr(stats, name)[chosen].sum()) for name in ("tp", "fp", "fn")}
-

@@ -1,9 +1,12 @@
 """Predicting files, and writing what comes of it in COCO's panoptic format: no Ray here."""
 
+import errno
 import io
 import json
 import math
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +19,7 @@ from evaluation import coco_format
 from evaluation.images import UserImage, read_image
 from evaluation.predict import Prediction, Predictor
 from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
-from infra.errors import TesseraError
+from infra.errors import StoreError, TesseraError
 from infra.opening import check_size
 from infra.store import Store, open_store
 from infra.text import shown
@@ -29,6 +32,9 @@ CHUNK = 32
 _BATCH = 8
 _BATCH_PIXELS = 24_000_000  # with labels and masks about 20 bytes each
 _OVERLAY = 2048
+_NAMELESS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_NUMBERED = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{1,15})", re.ASCII)
+"""COCO's names: 000000000139.jpg, COCO_val2014_000000000042.jpg."""
 
 Row = dict[str, Any]
 """What the store keeps of one predicted image: file_name, png, height, width, segments_info, notes, empty, key."""
@@ -54,6 +60,8 @@ class Summary:
     empty: tuple[Failure, ...]
     """Images without any segment, and why."""
     ignored: int
+    outputs: tuple[str, ...]
+    """Folders of the input that were left out, as they hold what earlier calls wrote."""
     predictions: str
     problems: str
     archive: str | None
@@ -71,12 +79,22 @@ def predict_chunk(work: Work, items: Sequence[Item], device: str | None) -> Outc
         row = _done(output, work, item)
         rows.append(row) if row else todo.append(item)
     failed: list[Failure] = []
-    fresh = [
-        _write(output, work, item, prediction)
-        for batch in _batches(work, todo, failed)
-        for item, prediction in _predicted(work, batch, device, failed)
-    ]
+    fresh: list[Row] = []
+    for batch in _batches(work, todo, failed):
+        for item, prediction in _predicted(work, batch, device, failed):
+            try:
+                fresh.append(_write(output, work, item, prediction))
+            except StoreError as error:
+                if not _of_its_name(error):
+                    raise
+                failed.append(Failure(item.name, f"its predictions have no place in the output: {error}"))
     return Outcome((*rows, *fresh), tuple(failed), len(fresh))
+
+
+def _of_its_name(error: StoreError) -> bool:
+    """Whether a store refused an object for what it is called: too long, or the folder of another. No other fails."""
+    cause = error.__cause__
+    return (isinstance(cause, OSError) and cause.errno in _NAMELESS) or "KeyTooLong" in str(error)
 
 
 def _done(output: Store, work: Work, item: Item) -> Row | None:
@@ -167,7 +185,14 @@ def finish(plan: Plan, labels: LabelTable, outcomes: Sequence[Outcome]) -> Summa
     failed = (*plan.missing, *(failure for outcome in outcomes for failure in outcome.failed))
     rows = [row for outcome in outcomes for row in outcome.rows]
     if not plan.listed:
-        rows += _earlier(output, {row["file_name"] for row in rows} | {failure.file_name for failure in failed})
+        earlier = _earlier(output, {row["file_name"] for row in rows} | {failure.file_name for failure in failed})
+        taken = {row["png"]: row["file_name"] for row in rows}
+        rows += [row for row in earlier if row["png"] not in taken]
+        failed += tuple(
+            Failure(row["file_name"], f"its PNG was replaced by that of {taken[row['png']]}: predict it again")
+            for row in earlier
+            if row["png"] in taken
+        )
     rows.sort(key=lambda row: row["file_name"])
     listing = json.dumps(_to_coco(rows, _image_ids(plan, rows), labels)).encode()
     output.write(f"{work.folder}.json", listing)
@@ -179,7 +204,7 @@ def finish(plan: Plan, labels: LabelTable, outcomes: Sequence[Outcome]) -> Summa
         archive = output.url_for(f"{work.folder}.zip")
     fresh = sum(outcome.fresh for outcome in outcomes)
     urls = output.url_for(f"{work.folder}.json"), output.url_for("problems.json")
-    return Summary(len(rows), fresh, failed, empty, len(plan.ignored), *urls, archive)
+    return Summary(len(rows), fresh, failed, empty, len(plan.ignored), plan.outputs, *urls, archive)
 
 
 def _earlier(output: Store, known: set[str]) -> list[Row]:
@@ -195,22 +220,28 @@ def _record(output: Store, key: str) -> Row:
 
 
 def _image_ids(plan: Plan, rows: Sequence[Row]) -> list[int]:
-    """The COCO list's ids; else the numbers that all file names are, as COCO's; else a hash of each name."""
+    """The COCO list's ids; else each file's number, where its name is one that no other file has, as COCO's are; else a
+    hash of its name."""
     if plan.listed:
         id_by_name = {item.name: item.image_id for item in plan.items}
         return [int(id_by_name[row["file_name"]] or 0) for row in rows]
-    stems = [PurePosixPath(row["file_name"]).stem for row in rows]
-    if all(stem.isascii() and stem.isdigit() and len(stem) <= 15 for stem in stems):
-        numbers = [int(stem) for stem in stems]
-        if len(set(numbers)) == len(numbers):
-            return numbers
-    ids: dict[int, None] = {}
-    for row in rows:
-        number = stable_id(row["file_name"])
-        while number in ids:
-            number += 1
-        ids[number] = None
-    return list(ids)
+    numbers = [_number(row["file_name"]) for row in rows]
+    counts = Counter(numbers)
+    taken = {number for number in numbers if number is not None}
+    ids: list[int] = []
+    for row, number in zip(rows, numbers, strict=True):
+        if number is None or counts[number] > 1:
+            number = stable_id(row["file_name"])
+            while number in taken:
+                number += 1
+            taken.add(number)
+        ids.append(number)
+    return ids
+
+
+def _number(name: str) -> int | None:
+    found = _NUMBERED.fullmatch(PurePosixPath(name).stem)
+    return int(found[1]) if found else None
 
 
 def _to_coco(rows: Sequence[Row], ids: Sequence[int], labels: LabelTable) -> dict[str, Any]:
@@ -232,6 +263,7 @@ def _write_problems(
         "empty": [vars(failure) for failure in empty],
         "notes": [{"file_name": row["file_name"], "notes": row["notes"]} for row in rows if row["notes"]],
         "ignored": plan.ignored,
+        "outputs": plan.outputs,
     }
     output.write("problems.json", json.dumps(content, indent=1).encode())
 

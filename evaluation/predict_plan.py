@@ -2,24 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from evaluation.images import SUFFIXES
-from infra import artifacts
-from infra.errors import TesseraError
-from infra.store import Store, open_store
+from infra import artifacts, records
+from infra.errors import StoreError, TesseraError
+from infra.opening import check_size
+from infra.store import Entry, Store, open_store
 from preprocessing.geometry import Size
 
 SCHEMA_VERSION = 1
 """Part of every record: raise it when the same weights and image would give another prediction."""
 
 CLAIM = "tessera-predict.json"
-"""Says whose predictions an output holds; a folder that has one is never an input."""
+"""Says whose predictions an output holds. What an output holds beside it is never an input; see Claim."""
 
 RECORDS = "records"
+_LARGEST_CLAIM = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a claim says."""
+
+    run: str
+    input: str
+    predictions: str
+    """Folder of the PNGs."""
+
+    def holds(self, key: str) -> bool:
+        """Whether this file of the claim's folder was written with it, and not put there by somebody."""
+        listings = (CLAIM, "problems.json", f"{self.predictions}.json", f"{self.predictions}.zip")
+        return key in listings or key.startswith(("overlays/", f"{RECORDS}/", f"{self.predictions}/"))
+
+
+@dataclass(frozen=True)
 class Item:
     """One image to predict."""
 
@@ -54,13 +72,8 @@ class Item:
     """Height, width as a COCO list has them."""
     bytes: int = 0
     """As they were listed; of a single file it is not known."""
-
-    @property
-    def png(self) -> str:
-        """Name of its PNG: a.jpg -> a.png; any other a.x -> a.x.png, so that no two images of a folder share one."""
-        path = PurePosixPath(self.name)
-        plain = path.suffix == ".jpg" and "." not in path.stem
-        return f"{path.with_suffix('') if plain else path}{'' if path.suffix else '.file'}.png"
+    png: str = ""
+    """Name of its PNG, which no other image of the input has."""
 
     def key(self, work: Work) -> str:
         """Hash of all that its prediction depends on."""
@@ -85,7 +98,9 @@ class Plan:
     missing: tuple[Failure, ...] = ()
     """Images of a COCO list that are not there."""
     ignored: tuple[str, ...] = ()
-    """Files whose names are not those of pictures."""
+    """Files whose names are not those of pictures, and pictures whose names are hidden."""
+    outputs: tuple[str, ...] = ()
+    """Folders of the input that hold what earlier calls wrote: that is left out."""
     listed: bool = False
     """Whether a COCO list says which images there are: then the result is a submission to COCO's server."""
 
@@ -112,52 +127,124 @@ def plan_prediction(
     """
     storage, run_path = artifacts.split_url(run, "train")
     target = open_store(output).url
-    root, items, ignored = _found(source, target)
-    folder, missing = "predictions", tuple[Failure, ...]()
+    found = _found(source, target)
+    folder, items, missing = "predictions", found.items, tuple[Failure, ...]()
     if images is not None:
         items, missing = _matched(_read_list(images), items)
         stem = PurePosixPath(images).stem.removeprefix("image_info_")
-        folder, ignored = f"panoptic_{stem}_{algorithm}_results", []
+        folder = f"panoptic_{stem}_{algorithm}_results"
+        found = replace(found, ignored=(), outputs=())
     if not items and images is not None:
         raise TesseraError(f"{source}: none of the {len(missing)} images of {images} is there")
     if not items:
-        named = f"; {len(ignored)} files are none by their names, as {ignored[0]!r}" if ignored else ""
-        raise TesseraError(f"{source}: no images found{named}")
+        named = (
+            f"; {len(found.ignored)} files are none by their names, as {found.ignored[0]!r}" if found.ignored else ""
+        )
+        left = f"; what predict wrote into {found.outputs[0]} is left out" if found.outputs else ""
+        raise TesseraError(f"{source}: no images found{named}{left}")
     decoding = json.dumps(options or {}, sort_keys=True)
-    work = Work(storage, run_path, root.url, target, folder, overlays, images is None, decoding)
-    return Plan(work, tuple(items), missing, tuple(ignored), listed=images is not None)
+    work = Work(storage, run_path, found.store.url, target, folder, overlays, images is None, decoding)
+    return Plan(work, tuple(items), missing, found.ignored, found.outputs, listed=images is not None)
 
 
-def _found(source: str, output: str) -> tuple[Store, list[Item], list[str]]:
-    """(store, images, other files) of a single file, or of a folder."""
+@dataclass(frozen=True)
+class _Found:
+    """What there is at a source."""
+
+    store: Store
+    items: list[Item]
+    ignored: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+def _found(source: str, output: str) -> _Found:
+    """A single file, or all of a folder."""
     root = open_store(source)
     folder, _, name = root.url.rpartition("/")
     parent = open_store(folder or "/") if folder != "s3:/" else None
     if parent is not None and parent.exists(name):
-        return parent, [Item(name, hashlib.sha256(parent.read_named(name)).hexdigest())], []
-    listed = [entry for entry in root.list() if not _hidden(entry.key)]
-    outputs = tuple(entry.key.removesuffix(CLAIM) for entry in listed if PurePosixPath(entry.key).name == CLAIM)
-    if root.url == output or "" in outputs:
-        raise TesseraError(f"{source}: INPUT is an OUTPUT; choose another folder")
-    entries = [entry for entry in listed if not entry.key.startswith(outputs)]
-    if not entries:
+        version = hashlib.sha256(parent.read_named(name)).hexdigest()
+        return _Found(parent, [Item(name, version, png=png_name(name, parent.exists))])
+    if root.url == output:
+        raise TesseraError(f"{source}: INPUT is OUTPUT, too; choose another folder")
+    listed = list(root.list())
+    if not listed:
         raise TesseraError(f"{source}: no such file, nor a folder with any")
-    pictures = [e for e in entries if PurePosixPath(e.key).suffix.lower() in SUFFIXES]
-    items = [Item(e.key, artifacts.digest(e.size, e.modified.isoformat()), bytes=e.size) for e in pictures]
-    return root, items, sorted({e.key for e in entries} - {item.name for item in items})
+    claims = {entry.key.removesuffix(CLAIM): _claim_of(root, entry) for entry in listed if _is_claim(entry.key)}
+    outputs = {place: claim for place, claim in claims.items() if claim is not None}
+    entries = [entry for entry in listed if not _written(entry.key, outputs)]
+    names = {e.key for e in entries if PurePosixPath(e.key).suffix.lower() in SUFFIXES and not _hidden(e.key)}
+    items = [
+        Item(e.key, _version(e), bytes=e.size, png=png_name(e.key, names.__contains__))
+        for e in entries
+        if e.key in names
+    ]
+    ignored = sorted(e.key for e in entries if e.key not in names and not _is_litter(e.key))
+    return _Found(root, items, tuple(ignored), tuple(f"{root.url}/{place}".rstrip("/") for place in sorted(outputs)))
+
+
+def _version(entry: Entry) -> str:
+    return artifacts.digest(entry.size, entry.modified.isoformat())
+
+
+def png_name(name: str, there: Callable[[str], bool]) -> str:
+    """Of an image's PNG: a.jpg and a.png -> a.png, any other a.x -> a.x.png; no two images of an input share one.
+
+    there: whether the input has an image of a name. A PNG's own name is its prediction's, so others make way.
+    """
+    path = PurePosixPath(name)
+    if path.suffix == ".png":
+        return name
+    plain = path.suffix == ".jpg" and "." not in path.stem
+    found = f"{path.with_suffix('') if plain else path}{'' if path.suffix else '.file'}.png"
+    if plain and there(found):
+        found = f"{name}.png"
+    while there(found):
+        found += ".png"
+    return found
+
+
+def _is_claim(key: str) -> bool:
+    return PurePosixPath(key).name == CLAIM
+
+
+def _claim_of(root: Store, entry: Entry) -> Claim | None:
+    """None for a file of somebody else's that has the claim's name."""
+    try:
+        check_size(entry.size, _LARGEST_CLAIM)
+        claim = records.read(root, entry.key, Claim)
+    except (OSError, TesseraError):
+        return None
+    return claim if claim.predictions not in ("", ".", "..") and "/" not in claim.predictions else None
+
+
+def _written(key: str, outputs: Mapping[str, Claim]) -> bool:
+    """Whether a call of predict wrote it."""
+    return any(key.startswith(place) and claim.holds(key.removeprefix(place)) for place, claim in outputs.items())
 
 
 def _hidden(key: str) -> bool:
-    """.DS_Store, and the ._photo.jpg that macOS leaves beside photo.jpg."""
     return any(part.startswith(".") for part in key.split("/"))
+
+
+def _is_litter(key: str) -> bool:
+    """.DS_Store and Thumbs.db, and the ._photo.jpg that macOS leaves beside photo.jpg: nobody asks for these."""
+    name = PurePosixPath(key).name
+    return name in (".DS_Store", "Thumbs.db") or name.startswith("._") or "__MACOSX" in PurePosixPath(key).parts
 
 
 def _matched(entries: Sequence[Item], found: Sequence[Item]) -> tuple[list[Item], tuple[Failure, ...]]:
     """The list's entries with the versions of their files, and those that have none."""
-    by_name = {item.name: item for item in found}
-    there = [replace(by_name[e.name], image_id=e.image_id, size=e.size) for e in entries if e.name in by_name]
+    by_name = {_composed(item.name): item for item in found}
+    pairs = [(entry, by_name.get(_composed(entry.name))) for entry in entries]
+    there = [replace(item, image_id=entry.image_id, size=entry.size) for entry, item in pairs if item is not None]
     absent = "the list has it, the input does not"
-    return there, tuple(Failure(e.name, absent) for e in entries if e.name not in by_name)
+    return there, tuple(Failure(entry.name, absent) for entry, item in pairs if item is None)
+
+
+def _composed(name: str) -> str:
+    """Accents are written in two ways, and disks and lists do not agree on one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_list(url: str) -> list[Item]:
@@ -178,15 +265,15 @@ def _read_list(url: str) -> list[Item]:
 def claim(work: Work) -> None:
     """Write into the output whose predictions it holds. TesseraError if they are another run's or of other images."""
     target = open_store(work.output)
-    ours = {"run": f"{work.storage}/{work.run}", "input": work.source, "predictions": work.folder}
-    if target.create(CLAIM, json.dumps(ours, indent=1).encode()):
+    ours = Claim(f"{work.storage}/{work.run}", work.source, work.folder)
+    if target.create(CLAIM, json.dumps(asdict(ours), indent=1).encode()):
         return
     try:
-        theirs = json.loads(target.read(CLAIM))
-    except ValueError as error:
-        raise TesseraError(
-            f"{target.url_for(CLAIM)}: damaged ({error}); delete it to go on into this OUTPUT"
-        ) from error
-    differing = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+        theirs = records.read(target, CLAIM, Claim)
+    except StoreError:
+        raise
+    except TesseraError as error:
+        raise TesseraError(f"{error}; delete it to go on into this OUTPUT, or choose another") from error
+    differing = [f"{name} {value}" for name, value in asdict(theirs).items() if value != getattr(ours, name)]
     if differing:
         raise TesseraError(f"{target.url} holds the predictions of {', '.join(differing)}; choose another OUTPUT")

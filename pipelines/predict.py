@@ -1,7 +1,9 @@
 """Panoptic predictions of a finished run for an image, a folder or an S3 prefix; no server, no Ray, no GPU needed.
 
 OUTPUT gets predictions.json and predictions/*.png in COCO's panoptic format, overlays/*.jpg to look at, and
-problems.json with every file that could not be done and why. The same command goes on where it was stopped.
+problems.json with every file that could not be done and why. With --images the first two are named as COCO's server
+wants them, panoptic_<split>_<NAME>_results, and the zip of both lies beside. The same command goes on where it was
+stopped.
 
 exit code: 0 all images done, 1 some failed (the others are done), 2 refused before anything was predicted
 """
@@ -74,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _predict(plan: Plan, labels: LabelTable, device: str | None) -> Summary:
     log.info("%d images; %d other files are left alone", len(plan.items), len(plan.ignored))
+    for folder in plan.outputs:
+        log.info("left out: what an earlier predict wrote into %s", shown(folder))
     started, outcomes, seen = time.monotonic(), list[Outcome](), 0
     for chunk in plan.chunks(_CHUNK):
         outcomes.append(predict_chunk(plan.work, chunk, device))

@@ -64,12 +64,12 @@ def predict_images(job: Predict) -> Summary:
 
 def to_markdown(summary: Summary) -> str:
     """Counts, URLs, and the first of what failed or came out empty."""
-    counts = [len(summary.failed), len(summary.empty), summary.ignored]
+    counts = [len(summary.failed), len(summary.empty), summary.ignored, len(summary.outputs)]
     lines = [
         f"### {summary.images} images predicted, {summary.fresh} of them now",
         "",
-        "| failed | without a segment | other files |",
-        "|---:|---:|---:|",
+        "| failed | without a segment | other files | outputs left out |",
+        "|---:|---:|---:|---:|",
         f"| {' | '.join(map(str, counts))} |",
         "",
         f"{summary.archive or summary.predictions}, {summary.problems}",

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from panopticapi.evaluation import pq_compute_single_core
 from panopticapi.utils import rgb2id
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 from evaluation import predict_files
 from evaluation.images import read_image
 from evaluation.predict import Predictor
+from evaluation.predict_plan import png_name
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.predict import main
@@ -107,7 +110,8 @@ def test_a_folder_of_odd_files_is_done_and_the_rest_named(run, tmp_path, told):
     assert {entry["file_name"] for entry in problems["failed"]} == bad.keys()
     for entry in problems["failed"]:
         assert unreadable()[entry["file_name"]][1] in entry["why"]
-    assert problems["ignored"] == ["notes.txt"]
+    assert problems["ignored"] == [".hidden.jpg", "notes.txt"]
+    assert problems["outputs"] == []
     assert any("turned upright" in str(entry["notes"]) for entry in problems["notes"])
     assert len(list((output / "overlays").rglob("*.jpg"))) == len(readable())
     assert "FAILED empty.jpg: the file is empty" in told.text
@@ -175,12 +179,77 @@ def test_single_files_add_up_and_no_two_share_a_png(run, tmp_path):
     assert not (output / "overlays").exists()
 
 
-def test_an_output_inside_the_input_is_not_predicted(run, tmp_path):
-    source = write(tmp_path / "in", {"plain.jpg": readable()["plain.jpg"]})
+def test_an_output_inside_the_input_is_told_and_not_predicted(run, tmp_path, told):
+    plain = readable()["plain.jpg"]
+    source = write(tmp_path / "in", {"plain.jpg": plain})
     for _ in range(2):
         assert main([run, str(source), str(source / "out")]) == 0
     assert [i["file_name"] for i in check_listing(source / "out")["images"]] == ["plain.jpg"]
+    assert json.loads((source / "out/problems.json").read_text())["outputs"] == [str(source / "out")]
+    assert f"left out: what an earlier predict wrote into {source}/out" in told.text
     assert main([run, str(source), str(source)]) == 2
+    write(source / "out", {"mine.jpg": plain, "sub/mine.jpg": plain})  # put beside what was written there
+    assert main([run, str(source), str(tmp_path / "other")]) == 0
+    names = {i["file_name"] for i in check_listing(tmp_path / "other")["images"]}
+    assert names == {"plain.jpg", "out/mine.jpg", "out/sub/mine.jpg"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"{}",
+        b'{"run": 1, "input": "", "predictions": "x"}',
+        b'{"run": "", "input": "", "predictions": ""}',
+    ],
+)
+def test_a_file_named_like_a_claim_hides_no_image(run, tmp_path, content):
+    source = write(tmp_path / "in", {"a/tessera-predict.json": content, "a/1.jpg": readable()["plain.jpg"]})
+    assert main([run, str(source), str(tmp_path / "out"), "--no-overlays"]) == 0
+    assert [i["file_name"] for i in check_listing(tmp_path / "out")["images"]] == ["a/1.jpg"]
+    assert json.loads((tmp_path / "out/problems.json").read_text())["ignored"] == ["a/tessera-predict.json"]
+
+
+def test_numbered_names_keep_their_numbers_beside_others(run, tmp_path):
+    names = ["000000000139.jpg", "COCO_val2014_000000000042.jpg", "photo.jpg", "a/7.jpg", "b/7.jpg", "img_5.jpg"]
+    source = write(tmp_path / "in", dict.fromkeys(names, readable()["plain.jpg"]))
+    assert main([run, str(source), str(tmp_path / "out"), "--no-overlays"]) == 0
+    ids = {i["file_name"]: i["id"] for i in check_listing(tmp_path / "out")["images"]}
+    assert (ids["000000000139.jpg"], ids["COCO_val2014_000000000042.jpg"]) == (139, 42)
+    assert len({*ids.values()}) == len(names)
+    assert not {7, 5} & {*ids.values()}
+
+
+def test_an_image_whose_name_has_no_place_is_lost_alone(run, tmp_path):
+    plain = readable()["plain.jpg"]
+    long = "x" * 250 + ".jpg"
+    source = write(
+        tmp_path / "in",
+        {"1.jpg": plain, long: plain, "line\nbreak.jpg": plain, "a.jpg": plain, "a.jpg.json/b.jpg": plain},
+    )
+    assert main([run, str(source), str(tmp_path / "out"), "--no-overlays"]) == 1
+    done = {i["file_name"] for i in check_listing(tmp_path / "out")["images"]}
+    problems = json.loads((tmp_path / "out/problems.json").read_text())
+    assert {"1.jpg"} <= done
+    assert {entry["file_name"] for entry in problems["failed"]} == {
+        long,
+        "line\nbreak.jpg",
+        "a.jpg",
+        "a.jpg.json/b.jpg",
+    } - done
+    assert len(done) == 2  # of two of which one is the folder of the other, one is done
+
+
+names = st.lists(st.text("ab", min_size=1, max_size=2), min_size=1, max_size=3).map(".".join)
+endings = st.sampled_from([".jpg", ".png", ".PNG", ".tif", ".jpeg"])
+
+
+@given(st.sets(st.builds(str.__add__, names, endings), min_size=1, max_size=8))
+def test_no_two_images_share_a_png(images):
+    pngs = {image: png_name(image, images.__contains__) for image in images}
+    assert len({*pngs.values()}) == len(images)
+    assert all(png == image for image, png in pngs.items() if image.endswith(".png"))
 
 
 def test_what_cannot_begin_is_refused_and_leaves_nothing(run, tmp_path, told):

@@ -61,7 +61,9 @@ def test_an_empty_table_is_refused():
 
 
 ODD_NAMES = st.one_of(
-    st.sampled_from(["a", "A", "a (1)", "a (2)", "a (1) (1)", "", " ", "category", "category (1)", "void", "1e5", "<b>"]),
+    st.sampled_from(
+        ["a", "A", "a (1)", "a (2)", "a (1) (1)", "", " ", "category", "category (1)", "void", "1e5", "<b>"]
+    ),
     st.text(max_size=3),
 )
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, TypeVar
@@ -33,10 +33,11 @@ from infra.store import Entry, Store, checked_prefix
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
+    from mypy_boto3_s3.type_defs import ListMultipartUploadsOutputTypeDef, ListObjectsV2OutputTypeDef
 
 log = logging.getLogger("tessera.store")
 
+_UPLOAD = "?uploadId="  # between key and id of an upload in parts: no server allows it in either
 _ONE_PUT = 1 << 30  # bytes; S3 takes five times as many in one request
 _HURRY_SECONDS = 1.0  # the patience of Store.check
 _WAITS = (0.1, 2.0)  # before the second request and, doubling, at most; up to a third less, at random
@@ -174,6 +175,9 @@ class S3Store(Store):
                     return iter(sorted(found))  # SeaweedFS and S3 Express have their own order
                 request["ContinuationToken"] = page["NextContinuationToken"]
 
+    def _uploads(self, request: dict[str, Any]) -> "ListMultipartUploadsOutputTypeDef":
+        return self._client.list_multipart_uploads(**request)
+
     def _page(self, request: dict[str, Any]) -> "ListObjectsV2OutputTypeDef":
         page = self._client.list_objects_v2(**request)
         if "IsTruncated" not in page:  # or a folder whose answer was cut off would look empty
@@ -183,6 +187,30 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         with _telling("delete", url := self.url_for(key)):
             self._patiently(lambda: self._client.delete_object(**_address(url)))
+
+    def partials(self) -> Iterator[Entry]:
+        root = _address(f"{self.url}/")
+        request: dict[str, Any] = {"Bucket": root["Bucket"], "Prefix": root["Key"]}
+        found: list[Entry] = []
+        with _telling("list the uploads in parts below", self.url):
+            while True:
+                page = self._patiently(partial(self._uploads, request))
+                found += [
+                    Entry(f"{item['Key'][len(root['Key']) :]}{_UPLOAD}{item['UploadId']}", 0, _time(item["Initiated"]))
+                    for item in page.get("Uploads", [])
+                ]
+                if not page.get("IsTruncated"):
+                    return iter(sorted(found))
+                request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def discard(self, partial: Entry) -> None:
+        key, _, upload = partial.key.rpartition(_UPLOAD)
+        with _telling("delete", url := self.url_for(key)):
+            try:
+                self._patiently(lambda: self._client.abort_multipart_upload(**_address(url), UploadId=upload))
+            except ClientError as error:
+                if _status(error) != 404:
+                    raise
 
     def check(self) -> None:
         Store.check(replace(self, hurried=True))
@@ -283,6 +311,10 @@ def _may_pass(error: Exception) -> bool:
 
 def _status(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def _time(modified: datetime) -> datetime:
+    return modified.astimezone(UTC)
 
 
 @contextmanager

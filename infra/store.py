@@ -6,6 +6,7 @@ StoreError, a TesseraError that names the operation, the URL and the cause.
 """
 
 import errno
+import hashlib
 import os
 import stat
 import uuid
@@ -20,11 +21,27 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from infra.errors import NoSuchObject, StoreError, TesseraError
+from infra.exclusive import give_name
 from infra.opening import MOST, Unfit, check_size, open_regular
 from infra.walking import walk
 
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
-_UNUSABLE = (FileExistsError, NotADirectoryError, PermissionError)
+_OTHER_FOLDER = "choose a folder that this user may read and write"
+_REMEDIES = {
+    errno.EACCES: _OTHER_FOLDER,
+    errno.EPERM: _OTHER_FOLDER,
+    errno.EEXIST: f"a file stands where a folder is needed: {_OTHER_FOLDER}",
+    errno.ENOTDIR: f"a file stands where a folder is needed: {_OTHER_FOLDER}",
+    errno.ENOSPC: "free space there, as by python -m pipelines.retention, or choose a folder on another disk",
+    errno.EDQUOT: "free space there, as by python -m pipelines.retention, or have this user's quota raised",
+    errno.EROFS: "mount it for writing, or choose a folder on another disk",
+    errno.EFBIG: "its file system or this user's limit (ulimit -f) takes no file so large: choose another folder",
+    errno.EMFILE: "raise this process's limit of open files (ulimit -n)",
+    errno.ENFILE: "raise this machine's limit of open files (fs.file-max)",
+    errno.ENAMETOOLONG: "choose a shorter path, or shorter names",
+    errno.ESTALE: "the server of this mount has changed: mount it again",
+    errno.EIO: "look at the system's log: the disk, or the server of this mount, fails",
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -114,6 +131,17 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove the object if there is one."""
 
+    @abstractmethod
+    def partials(self) -> Iterator[Entry]:
+        """What is being written at this moment, or was when its writer was killed; no objects, and no listing has them.
+
+        Sorted; `key` is for `discard` alone. `size` is 0 where the store does not tell it.
+        """
+
+    @abstractmethod
+    def discard(self, partial: Entry) -> None:
+        """Remove one of `partials`, if it is still there; its writer, if it lives, fails."""
+
     def check(self) -> None:
         """Do to a small probe what a run will do to its objects; TesseraError in about 10 s at most."""
         key, data = f"probe-{uuid.uuid4().hex}", b"tessera"
@@ -138,11 +166,7 @@ class FolderStore(Store):
 
     def create(self, key: str, data: bytes) -> bool:
         with _telling("create", url := self.url_for(key)), _partial(Path(url), data) as whole:
-            try:
-                Path(url).hardlink_to(whole)  # a rename would replace
-            except FileExistsError:
-                return False
-            return True
+            return give_name(whole, Path(url), _claim(Path(url)))
 
     def exists(self, key: str) -> bool:
         with _telling("look up", url := self.url_for(key)):
@@ -153,7 +177,7 @@ class FolderStore(Store):
             status = Path(url).stat()
             if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            return Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+            return _entry(key, status)
 
     def look(self, prefix: str = "", closed: str | None = None) -> Listing:
         below = checked_prefix(prefix).rpartition("/")[0]
@@ -164,8 +188,7 @@ class FolderStore(Store):
             if one.status is None and (key.startswith(prefix) or prefix.startswith(key)):
                 faults.append((key, one.fault))
             elif one.status is not None and key.startswith(prefix) and not Path(key).name.startswith(_PARTIAL):
-                modified = datetime.fromtimestamp(one.status.st_mtime, UTC)
-                entries.append(Entry(key, one.status.st_size, modified))
+                entries.append(_entry(key, one.status))
         return Listing(tuple(sorted(entries)), tuple(sorted(faults)))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -174,9 +197,25 @@ class FolderStore(Store):
             raise StoreError(f"cannot list {self.url}/{key}: {why}")
         return iter(found.entries)
 
+    def partials(self) -> Iterator[Entry]:
+        own = walk(Path(self.url), lambda _: False)  # what links lead to is not ours to discard
+        entries = (_entry(one.name, one.status) for one in own if one.status is not None)
+        return iter(sorted(entry for entry in entries if Path(entry.key).name.startswith(_PARTIAL)))
+
+    def discard(self, partial: Entry) -> None:
+        path = Path(self.url) / partial.key
+        if not path.name.startswith(_PARTIAL) or ".." in path.parts or partial.key.startswith("/"):
+            raise TesseraError(f"{path} is no file that is being written")
+        with _telling("delete", str(path)), suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
     def delete(self, key: str) -> None:
         with _telling("delete", url := self.url_for(key)), suppress(FileNotFoundError, NotADirectoryError):
             Path(url).unlink()
+
+
+def _entry(key: str, status: os.stat_result) -> Entry:
+    return Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 
 @contextmanager
@@ -185,7 +224,7 @@ def _telling(verb: str, url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "; choose a folder that this user may read and write" if isinstance(error, _UNUSABLE) else ""
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
         kind = NoSuchObject if isinstance(error, FileNotFoundError) else StoreError
         raise kind(f"cannot {verb} {url}: {error.strerror or error}{remedy}") from error
 
@@ -229,3 +268,8 @@ def _partial(path: Path, data: bytes) -> Iterator[Path]:
         yield whole
     finally:
         whole.unlink(missing_ok=True)
+
+
+def _claim(path: Path) -> Path:
+    """What those who create one object without hard links take turns by: short, whatever the object's name."""
+    return path.with_name(f"{_PARTIAL}claim-{hashlib.sha256(path.name.encode()).hexdigest()[:32]}")

@@ -15,6 +15,7 @@ from socketserver import BaseRequestHandler, ThreadingTCPServer
 from threading import Barrier, Thread
 from urllib.parse import urlsplit
 
+import boto3
 import pytest
 
 from infra.errors import NoSuchObject, TesseraError
@@ -347,3 +348,15 @@ def test_what_is_too_large_for_one_request_goes_up_in_parts_and_is_one_object(
     store.write("large", data)
     assert store.read("large") == data
     assert [(entry.key, entry.size) for entry in store.list()] == [("large", len(data))]
+
+
+def test_uploads_in_parts_that_nobody_ended_are_listed_apart_and_can_be_discarded(s3_store: Store):
+    bucket, _, prefix = s3_store.url.removeprefix("s3://").partition("/")
+    boto3.client("s3", region_name="us-east-1").create_multipart_upload(Bucket=bucket, Key=f"{prefix}/a/large.tar")
+    assert not [*s3_store.list()]
+    (left,) = s3_store.partials()
+    assert left.key.startswith("a/large.tar")
+    assert abs(datetime.now(UTC) - left.modified) < timedelta(minutes=1)
+    for _ in range(2):
+        s3_store.discard(left)
+        assert not [*s3_store.partials()]

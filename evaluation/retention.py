@@ -7,28 +7,34 @@ no champion, round or grid refers. Weights and manifests of finished runs, sets,
 synthetic sets and all that Tessera does not know always stay. So do sets that nothing refers to: they are small, a run
 reads its labels from one, and that a set is the val set of a run only its reports say.
 
+An entry of an upload that cannot be listed is told and in nobody's way; elsewhere it ends the command, as does a time in
+the future, by which nothing's age could be told.
+
 Looking costs one listing of the store and one read for each manifest, plan, champion and name, 16 at a time; no other
 object is opened. 200 of them among 5000 objects took 2 to 6 s on a SeaweedFS beside it, two cores shared with much
 else (0.9 s of CPU). Deleting costs one request an object, 16 at a time (3400 in 9 to 30 s there), and no work begins on
 the store meanwhile.
 """
 
+import errno
 import json
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
 from infra.artifacts import MANIFEST
-from infra.errors import TesseraError
+from infra.errors import StoreError, TesseraError
 from infra.in_use import FOLDER as RUNNING
-from infra.in_use import dead, in_use, sweeping, used
+from infra.in_use import Mark, running, surveying, sweeping
 from infra.store import Entry, Store
+from infra.text import shown
 
 KINDS = {
     "precompute": "data sets",
@@ -47,11 +53,14 @@ KINDS = {
 }
 """By folder under the store's root. Spelled out here: the modules that write them bring torch and Ray along."""
 
-_SHARDS, _CHECKPOINTS, _OTHER = "shards", "checkpoints", "other"
+_SHARDS, _CHECKPOINTS, _OTHER, _PARTIALS = "shards", "checkpoints", "other", "unfinished writes"
+_CLOSED = "inbox/"
+_WRITING = timedelta(days=1)
+"""No write of one object takes so long."""
 _THREADS = 16
 _TELL_SECONDS = 5.0
 _HASH = "[0-9a-f]{16}"
-_PROBE = re.compile(r"probe-[0-9a-f]{32}$")
+_PROBE = re.compile(r"probe[-/][0-9a-f]{32}$")
 _CHECKPOINT = re.compile(rf"train/{_HASH}/checkpoints/\d+\.pt$")
 _UNIT = re.compile(
     rf"precompute/shards/{_HASH}(?=\.(tar|json)$)|(train|evaluate|retrain)/{_HASH}(?=/|$)|{_PROBE.pattern}"
@@ -79,6 +88,8 @@ class Candidate:
     entries: tuple[Entry, ...]
     newest: datetime
     """When the last object was written of all that it belongs to."""
+    partial: bool = False
+    """Whether it is no object, but what the store calls a partial."""
 
     @property
     def bytes(self) -> int:
@@ -98,6 +109,10 @@ class Survey:
     held: tuple[str, ...]
     """Prefixes that work in progress needs."""
     entries: tuple[Entry, ...]
+    partials: tuple[Entry, ...]
+    """What is being written, or was when its writer was killed."""
+    faults: tuple[tuple[str, str], ...]
+    """(key, why) of what cannot be listed, in the inbox."""
     candidates: tuple[Candidate, ...]
     """The biggest first."""
 
@@ -115,40 +130,71 @@ def kind_of(key: str) -> str:
 
 
 def survey(store: Store, older: timedelta) -> Survey:
-    """Look, and delete nothing. Raises TesseraError for a manifest that cannot be read."""
-    with in_use(store):  # it tells the store's time, and keeps nobody waiting
-        return _look(store, used(store), older)
+    """Look, and delete nothing. Raises TesseraError for a manifest or a time that cannot be believed."""
+    with surveying(store) as mark:
+        return _look(mark, older, watch=False)
 
 
 def sweep(store: Store, older: timedelta, tell: Callable[[str], None]) -> Survey:
     """Look, tell what is there, and delete all candidates; new work waits meanwhile.
 
     A sweep that was killed leaves nothing that looks finished and is not, and the next one finishes it. Raises
-    TesseraError for a manifest that cannot be read, before anything is deleted.
+    TesseraError for a manifest that cannot be read and for times that are implausible, before anything is deleted.
     """
-    with sweeping(store) as held:
-        found = _look(store, held, older)  # here, since what was seen before may be needed by now
+    with ExitStack() as stack:
+        try:
+            mark = stack.enter_context(sweeping(store))
+        except StoreError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _make_room(store, tell)
+            mark = stack.enter_context(sweeping(store))
+        found = _look(mark, older, watch=True)  # here, since what was seen before may be needed by now
         tell(to_text(found))
         _delete(store, found.candidates, tell)
         return found
 
 
+def _make_room(store: Store, tell: Callable[[str], None]) -> None:
+    """On a disk so full that no empty file finds room, delete what no time of the store is needed for: by this
+    machine's clock, what a writer began more than a day ago."""
+    old = [entry for entry in store.partials() if datetime.now(UTC) - entry.modified >= _WRITING]
+    for entry in old:
+        store.discard(entry)
+    tell(f"the store is full: deleted {len(old)} unfinished writes, {_size(sum(entry.size for entry in old))}")
+
+
 def refuse_foreign(store: Store) -> None:
     """Raise TesseraError for a store on which nothing of Tessera lies: a URL mistyped."""
-    if not any(True for top in ("precompute", "train", "champion", "inbox") for _ in store.list(f"{top}/")):
-        raise TesseraError(f"{store.url}: nothing of Tessera lies there (expected the root of a storage)")
+    for top in ("precompute", "train", "champion", "inbox"):
+        found = store.look(f"{top}/", _CLOSED)
+        if found.entries or found.faults:
+            return
+    raise TesseraError(f"{store.url}: nothing of Tessera lies there (expected the root of a storage)")
 
 
-def _look(store: Store, held: Sequence[str], older: timedelta) -> Survey:
-    entries = tuple(store.list())
-    now = max(entry.modified for entry in entries if entry.key.startswith(f"{RUNNING}/"))  # whoever looks has written
+def _look(mark: Mark, older: timedelta, watch: bool) -> Survey:
+    store, listing = mark.store, mark.store.look(closed=_CLOSED)
+    for key, why in listing.faults:
+        if not key.startswith(_CLOSED):
+            raise TesseraError(f"{store.url}/{key}: {why}; what lies there may be needed, nothing was deleted")
+    entries, partials = listing.entries, tuple(store.partials())
     named = _named(store, [entry.key for entry in entries if _REFERS.match(entry.key)])
-    found = [*_units(entries, named, held), *_killed(store, entries)]
+    now, progress = mark.now(), running(mark, watch)  # after the listing: what it shows is no younger
+    mark.refuse_future([*partials, *(entry for entry in entries if _unit(entry.key))], now)
+    found = [*_units(entries, named, progress.held), *_killed(entries, progress.dead)]
     candidates = [
-        one for one in found if now - one.newest >= older and not any(_overlap(one.key, prefix) for prefix in held)
+        one
+        for one in found
+        if now - one.newest >= older and not any(_overlap(one.key, prefix) for prefix in progress.held)
+    ]
+    candidates += [
+        Candidate(one.key, "its writer was killed", (one,), one.modified, partial=True)
+        for one in partials
+        if now - one.modified >= _WRITING
     ]
     candidates.sort(key=lambda one: (-one.bytes, one.key))
-    return Survey(store.url, now, older, tuple(held), entries, tuple(candidates))
+    return Survey(store.url, now, older, progress.held, entries, partials, listing.faults, tuple(candidates))
 
 
 def _named(store: Store, keys: Sequence[str]) -> set[str]:
@@ -223,10 +269,9 @@ def _reason(unit: str, done: bool, states: bool, held: Sequence[str]) -> str | N
             return "left by a check of the store that was killed"
 
 
-def _killed(store: Store, entries: Sequence[Entry]) -> Iterator[Candidate]:
-    keys = {*dead(store)}
+def _killed(entries: Sequence[Entry], dead: Sequence[str]) -> Iterator[Candidate]:
     for entry in entries:
-        if entry.key in keys:
+        if entry.key in dead:
             yield Candidate(entry.key, "its work was killed", (entry,), entry.modified)
 
 
@@ -236,14 +281,15 @@ def _overlap(one: str, other: str) -> bool:
 
 def _delete(store: Store, candidates: Sequence[Candidate], tell: Callable[[str], None]) -> None:
     """What says that something is done goes first: what remains after a kill is made anew by whoever wants it."""
-    stages: tuple[list[Entry], ...] = ([], [], [])
-    for entry in (entry for one in candidates for entry in one.entries):
-        stages[_stage(entry.key)].append(entry)
+    stages: tuple[list[Entry], ...] = ([], [], [], [])
+    for one in candidates:
+        for entry in one.entries:
+            stages[0 if one.partial else _stage(entry.key)].append(entry)
     objects, size = sum(map(len, stages)), sum(one.bytes for one in candidates)
     done, freed, told = 0, 0, time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for stage in stages:  # the next one only begins when all of this one are gone
-            gone = pool.map(store.delete, [entry.key for entry in stage])
+        for number, stage in enumerate(stages):  # the next one only begins when all of this one are gone
+            gone = pool.map(store.delete if number else store.discard, [e.key if number else e for e in stage])
             for entry, _ in zip(stage, gone, strict=True):
                 done, freed = done + 1, freed + entry.size
                 if time.monotonic() - told >= _TELL_SECONDS:
@@ -254,9 +300,9 @@ def _delete(store: Store, candidates: Sequence[Candidate], tell: Callable[[str],
 
 def _stage(key: str) -> int:
     if key.endswith(f"/{MANIFEST}"):
-        return 0
+        return 1
     # Records: evaluation reads one instead of writing the shard's PNGs, precompute instead of making the tar.
-    return 1 if key.endswith(".json") and "/shards/" in key else 2
+    return 2 if key.endswith(".json") and "/shards/" in key else 3
 
 
 def to_text(found: Survey) -> str:
@@ -264,27 +310,31 @@ def to_text(found: Survey) -> str:
     days = found.older / timedelta(days=1)
     lines = [f"{found.url}: what is younger than {days:g} days is kept"]
     if found.held:
-        lines.append(f"in use by work in progress: {', '.join(found.held)}")
+        lines.append(f"in use by work in progress: {', '.join(map(shown, found.held))}")
+    lines += [f"cannot be listed, left as it is: {shown(key)}: {why}" for key, why in found.faults]
     lines += ["", *_table(found), ""]
     if not found.candidates:
         return "\n".join([*lines, "nothing may be deleted"])
     lines.append(f"{'may go':>9} {'objects':>8} {'age':>7}  what")
     for one in found.candidates:
         age = _age(found.now - one.newest)
-        lines.append(f"{_size(one.bytes):>9} {len(one.entries):>8} {age:>7}  {one.key}: {one.reason}")
+        lines.append(f"{_size(one.bytes):>9} {len(one.entries):>8} {age:>7}  {shown(one.key)}: {one.reason}")
     return "\n".join(lines)
 
 
 def _table(found: Survey) -> Iterator[str]:
     yield _line("", "objects", "size", "newest", "oldest", "may go", "why")
-    kinds = {kind: list[Entry]() for kind in ("data sets", _SHARDS, "runs", _CHECKPOINTS, *KINDS.values(), _OTHER)}
+    names = ("data sets", _SHARDS, "runs", _CHECKPOINTS, *KINDS.values(), _OTHER, _PARTIALS)
+    kinds = {kind: list[Entry]() for kind in names}
     for entry in found.entries:
         kinds[kind_of(entry.key)].append(entry)
-    going = [(one.reason, entry) for one in found.candidates for entry in one.entries]
+    kinds[_PARTIALS] += found.partials
+    going = [(one, entry) for one in found.candidates for entry in one.entries]
     for kind, entries in kinds.items():
         if entries:
-            yield _row(found.now, kind, entries, [row for row in going if kind_of(row[1].key) == kind])
-    yield _row(found.now, "all", found.entries, [("", entry) for _, entry in going])
+            of_kind = [(c.reason, e) for c, e in going if (_PARTIALS if c.partial else kind_of(e.key)) == kind]
+            yield _row(found.now, kind, entries, of_kind)
+    yield _row(found.now, "all", (*found.entries, *found.partials), [("", entry) for _, entry in going])
 
 
 def _row(now: datetime, kind: str, entries: Sequence[Entry], going: Sequence[tuple[str, Entry]]) -> str:

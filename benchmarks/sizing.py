@@ -315,7 +315,8 @@ def database(home: Path) -> tuple[int, int]:
 
 def requests(url: str, home: Path) -> None:
     """Flow runs made one after the other and 50 at once, and lines of log."""
-    with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=50)) as client:
+    login = tuple(os.environ["PREFECT_API_AUTH_STRING"].split(":"))
+    with httpx.Client(base_url=url, timeout=60, auth=login, limits=httpx.Limits(max_connections=50)) as client:
         run = {"flow_id": client.post("/flows/", json={"name": "none"}).json()["id"]}
         began, count = time.perf_counter(), max(5, int(100 * SCALE))
         codes = [client.post("/flow_runs/", json=run).status_code for _ in range(count)]

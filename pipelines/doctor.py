@@ -10,30 +10,21 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from logging import getLogger
 
-import httpx
-import prefect
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import WorkerStatus
-from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.settings import get_current_settings
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from infra import ray_health
 from infra.errors import TesseraError
 from infra.health import Demands, Place, Row, Verdict, examine
 from infra.store import open_store
+from pipelines import server_health
 from pipelines.jobs import StoredJob
 from pipelines.logs import flow_logs
 
 log = getLogger("tessera.flow")
-
-_POOL = "tessera"
-_SERVER_SECONDS = 20.0
 
 
 class Doctor(StoredJob):
@@ -43,18 +34,6 @@ class Doctor(StoredJob):
         5.0, description="GB that must be free for temporary files, TESSERA_CACHE and a folder store, on each node."
     )
     seconds: PositiveFloat = Field(60.0, description="How long Ray, and then each of its nodes, may take to answer.")
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the Prefect server at `url` says; problem: why it says nothing, or is none."""
-
-    url: str
-    problem: str = ""
-    version: str = ""
-    pool: bool = False
-    paused: bool = False
-    online: int = 0
 
 
 @flow(name="doctor")
@@ -87,7 +66,7 @@ def check(job: Doctor) -> list[Row]:
         found, _, todo = ray_health.masked(str(error)).partition("; ")
         ray = Row("Ray", job.ray, Verdict.BAD, found, todo or "see `ray status` on its head")
     demands = Demands(storage, job.gpus, job.least_free_gb)
-    return [ray, *examine(driver, nodes, demands), *judge_server(_server())]
+    return [ray, *examine(driver, nodes, demands), *server_health.judge(server_health.ask())]
 
 
 @contextmanager
@@ -103,51 +82,6 @@ def _marked(storage: str, driver: Place) -> Iterator[str | None]:
     finally:
         with suppress(TesseraError):  # it was there a moment ago, and each node has said how it is now
             store.delete(key)
-
-
-def _server() -> Server | None:
-    url = get_current_settings().api.url
-    if not url:
-        return None
-    shown = ray_health.masked(url)
-    try:
-        return ray_health.bounded(lambda: _ask(shown), _SERVER_SECONDS, f"the Prefect server at {shown}")
-    except (TesseraError, PrefectException, httpx.HTTPError, RuntimeError, ValueError) as error:
-        return Server(shown, problem=ray_health.masked(str(error)) or type(error).__name__)
-
-
-def _ask(url: str) -> Server:
-    with get_client(sync_client=True) as client:
-        version = str(client.api_version())
-        try:
-            pool = client.read_work_pool(_POOL)
-        except ObjectNotFound:
-            return Server(url, version=version)
-        workers = client.read_workers_for_work_pool(_POOL)
-    online = sum(worker.status == WorkerStatus.ONLINE for worker in workers)
-    return Server(url, version=version, pool=True, paused=pool.is_paused, online=online)
-
-
-def judge_server(server: Server | None) -> list[Row]:
-    """What follows from the server's answers; None: there is no server to ask."""
-    if server is None:
-        told = "PREFECT_API_URL is not set: no server is checked, and python -m pipelines.embedded needs none"
-        return [Row("Prefect", "driver", Verdict.OK, told)]
-    if server.problem:
-        todo = "start it (prefect server start), or correct PREFECT_API_URL"
-        return [Row("Prefect", server.url, Verdict.BAD, server.problem, todo)]
-    rows, ours = [Row("Prefect", server.url, Verdict.OK, f"version {server.version}")], prefect.__version__
-    if server.version != ours:
-        found = f"version {server.version}, the driver has {ours}"
-        rows = [Row("Prefect", server.url, Verdict.BAD, found, "install the same Prefect on both sides")]
-    start = f"prefect worker start --pool {_POOL} --type process"
-    if not server.pool:
-        return [*rows, Row("work pool", server.url, Verdict.BAD, f"there is no {_POOL!r}", f"{start} makes it")]
-    if server.paused:
-        todo = f"prefect work-pool resume {_POOL}"
-        rows.append(Row("work pool", server.url, Verdict.WARN, f"{_POOL} is paused", todo))
-    found, verdict = f"{_POOL}: workers online {server.online}", Verdict.OK if server.online else Verdict.BAD
-    return [*rows, Row("work pool", server.url, verdict, found, "" if server.online else start)]
 
 
 def ending(rows: Sequence[Row]) -> str:

@@ -1,6 +1,7 @@
 """A temporary Prefect server for runs without one."""
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -16,6 +17,26 @@ from infra.errors import TesseraError
 _START_SECONDS, _ANSWER_SECONDS = 120, 5
 
 
+def settings(url: str) -> dict[str, str]:
+    """The environment of a server whose API is at `url`, and of all that use it; infra/env.sh says the same to a shell.
+
+    It asks for a login (a new one), answers no page of another site, passes logs on to `--watch` and tells its makers
+    nothing.
+    """
+    login = f"tessera:{secrets.token_hex(24)}"
+    return {
+        "PREFECT_API_URL": url,
+        "PREFECT_API_AUTH_STRING": login,
+        "PREFECT_SERVER_API_AUTH_STRING": login,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url.removesuffix("/api"),
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
 @contextmanager
 def prefect_server(home: Path) -> Iterator[None]:
     """Serve on loopback, keeping runs in `home`, and set the environment to it; before Prefect is imported.
@@ -27,15 +48,11 @@ def prefect_server(home: Path) -> Iterator[None]:
         yield
         return
     home.mkdir(parents=True, exist_ok=True)  # the database does not make it
+    home.chmod(0o700)  # in it are the jobs and logs of all runs
     (port,) = processes.free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
-    os.environ |= {
-        "PREFECT_HOME": str(home.resolve()),
-        "PREFECT_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
+    os.environ |= settings(url)
+    os.environ |= {"PREFECT_HOME": str(home.resolve()), "PREFECT_SERVER_UI_ENABLED": "false"}
     application = ["--factory", "prefect.server.api.server:create_app"]
     command = [sys.executable, "-m", "uvicorn", *application, "--host", "127.0.0.1", "--port", str(port)]
     process = processes.start(command, os.environ, home, home / "server.log")

@@ -74,8 +74,9 @@ def tell(store: Store, name: str) -> None:
         log.info("PREFECT_API_URL is not set: the next scheduled retraining will find it")
         return
     url = os.environ["PREFECT_API_URL"]
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     try:
-        httpx.get(f"{url}/health", timeout=10).raise_for_status()
+        httpx.get(f"{url}/admin/version", timeout=10, auth=(user, password)).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         log.warning("not announced: %s does not answer (%s)", url, error)
         log.warning("the next scheduled retraining will find it, or the same command again announces it")

@@ -5,8 +5,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-import httpx
-
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store
@@ -54,7 +52,7 @@ def _inbox(stage: Stage, tell: Chronicle) -> None:
 
 def _concurrent(stage: Stage, tell: Chronicle) -> None:
     with tell.chapter(f"{_RUNS} runs of deployments asked for at once"):
-        found = httpx.post(f"{stage.url}/api/deployments/filter", json={}, timeout=60).json()
+        found = stage.api("POST", "deployments/filter", {}).json()
         ids = {deployment["name"]: deployment["id"] for deployment in found}
         began = time.monotonic()
         names = ["retrain" if number % 2 else "doctor" for number in range(_RUNS)]
@@ -79,7 +77,7 @@ def _concurrent(stage: Stage, tell: Chronicle) -> None:
 
 def _ask(stage: Stage, deployment: str) -> str | None:
     """The flow run; None if the server is too busy."""
-    answer = httpx.post(f"{stage.url}/api/deployments/{deployment}/create_flow_run", json={}, timeout=120)
+    answer = stage.api("POST", f"deployments/{deployment}/create_flow_run", {})
     if not answer.is_success and answer.status_code != 503:
         raise TesseraError(f"the server refused: {answer.status_code} {answer.text[:300]}")
     return answer.json()["id"] if answer.is_success else None

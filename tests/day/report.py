@@ -73,6 +73,11 @@ def _seconds(moment: str) -> float:
     return datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
 
 
+def logged_in(login: str) -> str:
+    """A script that tells the pages of Prefect's UI the login."""
+    return f"localStorage.setItem('prefect-password', btoa('{login}'))"
+
+
 def _screenshots(folder: Path, stage: Stage) -> None:
     runs = [run for run in stage.runs() if run["state_name"] == "Promoted"]
     pages = {"ui_runs.png": "/runs", "ui_deployments.png": "/deployments"}
@@ -81,6 +86,7 @@ def _screenshots(folder: Path, stage: Stage) -> None:
     with sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.add_init_script(logged_in(stage.environ["PREFECT_API_AUTH_STRING"]))
         for name, path in pages.items():
             page.goto(f"{stage.url}{path}")
             page.wait_for_timeout(1000 * _SECONDS)

@@ -17,6 +17,7 @@ from infra import processes
 from infra.errors import TesseraError
 from infra.seaweed import S3Server, seaweed
 from infra.store import Store, open_store
+from pipelines.server import settings as server_settings
 from tests.support.waiting import healthy, until
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,11 @@ class Stage:
     environ: dict[str, str]
     """Of the worker and of every command."""
     say: Callable[[str], None]
+
+    def api(self, method: str, path: str, asked: dict[str, Any] | None = None) -> httpx.Response:
+        """What the Prefect server answers."""
+        login = tuple(self.environ["PREFECT_API_AUTH_STRING"].split(":"))
+        return httpx.request(method, f"{self.url}/api/{path}", json=asked, timeout=120, auth=login)
 
     @property
     def store(self) -> Store:
@@ -62,12 +68,12 @@ class Stage:
 
     def run(self, run_id: str) -> Run:
         """One flow run as it is now."""
-        return httpx.get(f"{self.url}/api/flow_runs/{run_id}", timeout=60).raise_for_status().json()
+        return self.api("GET", f"flow_runs/{run_id}").raise_for_status().json()
 
     def runs(self) -> list[Run]:
         """All flow runs, in the order in which they were made."""
         asked = {"sort": "EXPECTED_START_TIME_ASC", "limit": 200}
-        found = httpx.post(f"{self.url}/api/flow_runs/filter", json=asked, timeout=60).raise_for_status().json()
+        found = self.api("POST", "flow_runs/filter", asked).raise_for_status().json()
         return [run for run in found if run["state_type"] != "SCHEDULED" or run["state_name"] != "Scheduled"]
 
     def wait(self, run_id: str, seconds: float = 900) -> Run:
@@ -82,11 +88,11 @@ class Stage:
         try:
             yield
         finally:
-            found = httpx.get(f"{self.url}/api/deployments/name/{deployment}", timeout=60).raise_for_status().json()
+            found = self.api("GET", f"deployments/name/{deployment}").raise_for_status().json()
             for schedule in found["schedules"]:
                 if "interval" in schedule["schedule"]:
-                    url = f"{self.url}/api/deployments/{found['id']}/schedules/{schedule['id']}"
-                    httpx.delete(url, timeout=60).raise_for_status()
+                    gone = self.api("DELETE", f"deployments/{found['id']}/schedules/{schedule['id']}")
+                    gone.raise_for_status()
 
     def flow(self, name: str, code: str, storage: str | None = None) -> subprocess.Popen[bytes]:
         """A flow in a process of its own, beside the worker's; its output goes to `<folder>/<name>.log`."""
@@ -123,15 +129,12 @@ def stage(folder: Path, say: Callable[[str], None], worker_limit: int = 4) -> It
 
 def _settings(folder: Path, url: str, ray_port: int) -> dict[str, str]:
     return {
-        "PREFECT_API_URL": f"{url}/api",
+        **server_settings(f"{url}/api"),
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_UI_STATIC_DIRECTORY": str(folder / "ui"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "DO_NOT_TRACK": "1",
         "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "TESSERA_STORAGE": "s3://day/tessera",
         "TESSERA_RAY": f"127.0.0.1:{ray_port}",
         "OMP_NUM_THREADS": "1",

@@ -9,7 +9,7 @@ import numpy as np
 from playwright.sync_api import sync_playwright
 
 from tests.day.chronicle import Chronicle
-from tests.day.report import to_markdown
+from tests.day.report import logged_in, to_markdown
 from tests.machines.stage import Stage
 from tests.machines.traffic import Traffic
 
@@ -24,6 +24,7 @@ def write(folder: Path, tell: Chronicle, traffic: Traffic, stage: Stage, run: st
     with sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 1100})
+        page.add_init_script(logged_in(stage.first.environ["PREFECT_API_AUTH_STRING"]))
         page.goto(f"{stage.url}/runs/flow-run/{run}")
         page.wait_for_timeout(1000 * _SECONDS)
         page.screenshot(path=folder / "ui.png")

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from infra.errors import TesseraError
+from pipelines.server import settings as server_settings
 from tests.day.chronicle import Chronicle
 from tests.machines.net import OWN, Machine, put_code
 from tests.support.waiting import healthy, until
@@ -34,7 +35,8 @@ class Stage:
     def api(self, path: str, asked: dict[str, Any] | None = None) -> Any:
         """What the Prefect server says."""
         url = f"{self.url}/api/{path}"
-        answer = httpx.get(url, timeout=60) if asked is None else httpx.post(url, json=asked, timeout=60)
+        login = tuple(self.first.environ["PREFECT_API_AUTH_STRING"].split(":"))
+        answer = httpx.request("GET" if asked is None else "POST", url, json=asked, timeout=60, auth=login)
         return answer.raise_for_status().json()
 
     def logs(self, run: str) -> list[dict[str, Any]]:
@@ -67,19 +69,16 @@ class Stage:
 
 
 def environ(names: list[str]) -> dict[str, str]:
-    """What all machines are told: where the others are, no key and no token."""
+    """What all machines are told: where the others are, no key of the store and no token of Ray."""
     first, _, third = names
     return {
-        "PREFECT_API_URL": f"http://{third}:4200/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        **server_settings(f"http://{third}:4200/api"),
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_UI_STATIC_DIRECTORY": str(OWN / "ui"),
-        "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
         "NUMBA_CACHE_DIR": "/tmp/numba",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_HEAD": f"{first}:6379",
     }

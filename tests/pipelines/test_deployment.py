@@ -34,11 +34,11 @@ def prefect(tmp_path, s3_env, monkeypatch):
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout
 
-        start = [command, "worker", "start", "--pool", "tessera", "--type", "process"]
+        run("work-pool", "create", "tessera", "--type", "process", "--overwrite")  # in the order of README
+        run("deploy", "--all")
+        start = [command, "worker", "start", "--pool", "tessera"]
         worker = processes.start(start, os.environ, CHECKOUT, tmp_path / "worker.log")
         try:
-            until(lambda: "tessera" in run("work-pool", "ls"), 60)
-            run("deploy", "--all")
             yield run
         finally:
             processes.stop(worker)
@@ -57,10 +57,17 @@ def job(tmp_path, s3_env):
     return {"data": str(coco), "storage": f"s3://{s3_env.bucket}/{tmp_path.name}", "recipe": "debug"}
 
 
-def test_a_deployment_run_writes_its_report_to_s3(prefect, job):
-    prefect("deployment", "run", "train-coco/train-coco", "--watch", "--param", f"job={json.dumps(job)}")
+def test_a_deployment_run_writes_its_report_to_s3_and_watch_ends_with_it(prefect, job):
+    said = prefect("deployment", "run", "train-coco/train-coco", "--watch", "--param", f"job={json.dumps(job)}")
     keys = [e.key for e in open_store(job["storage"]).list("evaluate/")]
-    assert any(key.endswith("report.html") for key in keys)
+    (report,) = [key for key in keys if key.endswith("report.html")]
+    assert f"{job['storage']}/{report}" in "".join(line.strip() for line in said.splitlines())
+    assert re.search(r"\| all +\|", said), said
+    checked = subprocess.run(
+        [sys.executable, "-m", "pipelines.doctor"], cwd=CHECKOUT, env=os.environ, capture_output=True
+    )
+    rows = [line.split() for line in checked.stdout.decode().splitlines()]
+    assert {row[1]: row[0] for row in rows if row[1] in ("deployments", "work")} == {"deployments": "ok", "work": "ok"}
 
 
 def train_workers():

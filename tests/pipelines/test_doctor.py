@@ -14,8 +14,9 @@ from ray.cluster_utils import Cluster
 
 from infra import processes
 from infra.health import Row, Verdict
-from pipelines.doctor import Server, ending, judge_server, main, to_markdown, to_text
+from pipelines.doctor import ending, main, to_markdown, to_text
 from pipelines.server import prefect_server
+from pipelines.server_health import Held, Server, judge
 
 CHECKOUT = Path(__file__).parents[2]
 URL = "http://127.0.0.1:4200/api"
@@ -34,7 +35,7 @@ def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedPr
 
 
 def rows_of(server: Server | None) -> dict[str, tuple[str, str]]:
-    return {row.what: (str(row.verdict), row.todo) for row in judge_server(server)}
+    return {row.what: (str(row.verdict), row.todo) for row in judge(server)}
 
 
 def test_what_the_server_says_is_judged():
@@ -47,8 +48,28 @@ def test_what_the_server_says_is_judged():
     start = "prefect worker start --pool tessera --type process"
     assert rows_of(Server(URL, version=ours))["work pool"] == ("bad", f"{start} makes it")
     assert rows_of(Server(URL, version=ours, pool=True))["work pool"] == ("bad", start)
-    paused = judge_server(Server(URL, version=ours, pool=True, paused=True, online=1))
-    assert [row.verdict for row in paused] == ["ok", "warn", "ok"]
+    paused = judge(Server(URL, version=ours, pool=True, paused=True, online=1))
+    assert [row.verdict for row in paused if row.what == "work pool"] == ["warn", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("found", "what", "verdict", "todo"),
+    [
+        ({"problem": "401", "refused": True}, "Prefect", "bad", "set PREFECT_API_AUTH_STRING to"),
+        ({"login": False}, "Prefect's login", "warn", "PREFECT_SERVER_API_AUTH_STRING"),
+        ({"pages": True}, "Prefect's pages", "warn", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"),
+        ({"missing": ("doctor/doctor",)}, "deployments", "bad", "prefect deploy --all"),
+        ({"outdated": ("doctor/doctor",)}, "deployments", "warn", "prefect deploy --all"),
+        ({"held": (Held("r/r", 1, "l", ()),)}, "deployments", "warn", "prefect gcl update l --active-slots 0"),
+        ({"held": (Held("r/r", 1, "l", (("a", "Pending"),)),)}, "deployments", "warn", "prefect flow-run delete a"),
+        ({"held": (Held("r/r", 1, "l", (("a", "Running"),)),)}, "deployments", "ok", "prefect flow-run delete a"),
+    ],
+)
+def test_what_is_wrong_with_a_server_has_a_row(found: dict, what: str, verdict: str, todo: str):
+    server = Server(URL, **{"version": prefect.__version__, "pool": True, "online": 1} | found)
+    row = [row for row in judge(server) if row.what == what][-1]
+    assert str(row.verdict) == verdict
+    assert todo in row.todo
 
 
 def test_the_table_is_aligned_and_its_last_line_counts():

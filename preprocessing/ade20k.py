@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from preprocessing.files import File, Folder, Tree
 from preprocessing.labels import LabelTable
-from preprocessing.paired import GRAY8, RGB, find_folder, make_index, read_png, to_map, wrong_values
+from preprocessing.paired import GRAY8, RGB, find_folder, look_up, make_index, occurring, read_png, to_map, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment
 from preprocessing.source import Defect, Index, Record, Rejected, read_file, stable_id
 
@@ -26,7 +26,7 @@ _CHALLENGE = ("", "ADEChallengeData2016/")
 _FULL = ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/")
 _SEG = "_seg.png"
 _INSTANCES = 256
-"""Key of the map = class + 256 * instance: both fit 8 bits, and 0 is void."""
+"""Key of the map = 256 * class + instance: both fit 8 bits, and 0 is void."""
 _RED, _GREEN = 10, 256
 """The full data set's class index is red // 10 * 256 + green."""
 
@@ -71,13 +71,13 @@ class ChallengeRecord(Record):
             return None
         thing_HW, number_HW = rgb_HW3[..., 0], rgb_HW3[..., 1]
         defects += self._strange(semantic_HW, thing_HW, number_HW)
-        things_N = np.array([0] + [row["id"] for row in facts() if row["isthing"]], np.int32)
-        class_HW = np.where(thing_HW < len(things_N), things_N[np.minimum(thing_HW, len(things_N) - 1)], 0)
-        is_instance_HW = (number_HW > 0) & (class_HW > 0)
-        return _merged(self, semantic_HW, np.where(is_instance_HW, class_HW, 0), number_HW, labels, defects)
+        things = [row["id"] for row in facts() if row["isthing"]]
+        class_of_thing_N = np.zeros(256, np.uint8)
+        class_of_thing_N[1 : len(things) + 1] = things
+        return _merged(self, semantic_HW, look_up(class_of_thing_N, thing_HW), number_HW, labels, defects)
 
     def _strange(
-        self, semantic_HW: NDArray[np.int32], thing_HW: NDArray[np.int32], number_HW: NDArray[np.int32]
+        self, semantic_HW: NDArray[np.uint8], thing_HW: NDArray[np.uint8], number_HW: NDArray[np.uint8]
     ) -> Iterator[Defect]:
         classes, things = len(facts()), sum(row["isthing"] for row in facts())
         problem = f"class {{}}, expected 0 to {classes}"
@@ -88,8 +88,7 @@ class ChallengeRecord(Record):
         wrong_HW = (number_HW == 0) & (thing_HW > 0)
         problem = "instance class {} without an instance number, taken for no instance"
         yield from wrong_values(self, thing_HW, wrong_HW, problem.format, self.instance, usable=True)
-        pairs = np.flatnonzero(np.bincount((number_HW * _INSTANCES + thing_HW).ravel()))
-        numbers_N, classes_N = np.divmod(pairs, _INSTANCES)
+        numbers_N, classes_N = np.divmod(occurring(_paired(number_HW, thing_HW)), _INSTANCES)
         for number in np.unique(numbers_N[numbers_N > 0]):
             found = classes_N[numbers_N == number].tolist()
             if len(found) > 1:
@@ -124,15 +123,16 @@ class FullRecord(Record):
         problem = "red is {}, expected a multiple of 10"
         defects += wrong_values(self, red_HW, red_HW % _RED != 0, problem.format, self.mask)
         class_by_index_N = _class_by_index()
-        index_HW = red_HW // _RED * _GREEN + rgb_HW3[..., 1]
-        class_HW = class_by_index_N[index_HW]
-        indices = np.flatnonzero(np.bincount(index_HW[class_HW > 0]))
-        defects += self._check_names([int(i) for i in indices], class_by_index_N, defects)
-        is_thing_HW = np.append(False, labels.is_thing)[class_HW]
-        return _merged(self, class_HW, np.where(is_thing_HW, class_HW, 0), rgb_HW3[..., 2], labels, defects)
+        index_HW = _paired(red_HW // _RED, rgb_HW3[..., 1])
+        class_HW = look_up(class_by_index_N, index_HW)
+        indices = [int(i) for i in occurring(index_HW) if class_by_index_N[i]]
+        defects += self._check_names(indices, class_by_index_N, defects)
+        thing_of_class_N = np.append(np.uint8(0), np.where(labels.is_thing, np.arange(1, len(labels) + 1), 0))
+        thing_HW = look_up(thing_of_class_N.astype(np.uint8), class_HW)
+        return _merged(self, class_HW, thing_HW, rgb_HW3[..., 2], labels, defects)
 
     def _check_names(
-        self, indices: list[int], class_by_index_N: NDArray[np.int32], defects: list[Defect]
+        self, indices: list[int], class_by_index_N: NDArray[np.uint8], defects: list[Defect]
     ) -> Iterator[Defect]:
         """What the text says otherwise than the table; `indices`: those of the 150 that the PNG has."""
         data = read_file(self, self.text, defects) if self.text else None
@@ -216,17 +216,19 @@ def _image_id(stem: str) -> int:
 
 def _merged(
     record: Record,
-    class_HW: NDArray[np.int32],
-    thing_HW: NDArray[np.int32],
-    number_HW: NDArray[np.int32],
+    class_HW: NDArray[np.uint8],
+    thing_HW: NDArray[np.uint8],
+    number_HW: NDArray[np.uint8],
     labels: LabelTable,
     defects: list[Defect],
 ) -> PanopticMap:
-    """Stuff of class_HW below the things of thing_HW; both hold dataset ids, int32 (H, W). An instance 0 is none."""
-    is_stuff_N = np.zeros(256, bool)
-    is_stuff_N[[c.dataset_id for c in labels.categories if not c.is_thing]] = True
-    keys_HW = np.where(is_stuff_N[class_HW], class_HW, 0)
-    keys_HW = np.where((thing_HW > 0) & (number_HW > 0), thing_HW * _INSTANCES + number_HW, keys_HW)
+    """Stuff of class_HW below the things of thing_HW; both hold dataset ids, uint8 (H, W). An instance 0 is none."""
+    stuff_N = np.zeros(256, np.int32)
+    stuff = [c.dataset_id for c in labels.categories if not c.is_thing]
+    stuff_N[stuff] = stuff
+    keys_HW = look_up(stuff_N, class_HW)
+    covered_HW = (thing_HW > 0) & (number_HW > 0)
+    keys_HW[covered_HW] = _paired(thing_HW, number_HW)[covered_HW]
 
     def segment(key: int) -> Segment:
         category = labels.contiguous[key // _INSTANCES or key]
@@ -235,10 +237,15 @@ def _merged(
     return to_map(record, keys_HW, segment, defects)
 
 
+def _paired(high_HW: NDArray[np.uint8], low_HW: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """256 * high + low."""
+    return (high_HW.astype(np.uint16) << 8 | low_HW).astype(np.uint16, copy=False)
+
+
 @cache
-def _class_by_index() -> NDArray[np.int32]:
-    """Class 1 to 150 of each index of the full data set, 0 for those that are none; int32, all that RG can hold."""
-    class_by_index_N = np.zeros((255 // _RED + 1) * _GREEN, np.int32)
+def _class_by_index() -> NDArray[np.uint8]:
+    """Class 1 to 150 of each index of the full data set, 0 for those that are none; uint8, all that RG can hold."""
+    class_by_index_N = np.zeros((255 // _RED + 1) * _GREEN, np.uint8)
     for row in facts():
         class_by_index_N[row["full"]] = row["id"]
     return class_by_index_N

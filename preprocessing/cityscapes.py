@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from preprocessing.files import File, Folder, Tree
 from preprocessing.labels import Category, LabelTable
-from preprocessing.paired import GRAY, find_folder, make_index, read_png, to_map, wrong_values
+from preprocessing.paired import GRAY, find_folder, look_up, make_index, read_png, to_map, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment
 from preprocessing.source import Defect, Index, Record, Rejected, stable_id
 
@@ -96,13 +96,13 @@ class CityscapesRecord(Record):
         if ids_HW is None:
             return None
         of_id = _facts_by_id()
-        wrong_HW = of_id.is_unknown_N[ids_HW]
+        wrong_HW = look_up(of_id.is_unknown_N, ids_HW)
         problem = "id {} belongs to none of Cityscapes' labels"
         defects += wrong_values(self, ids_HW, wrong_HW, problem.format, self.mask)
-        wrong_HW = of_id.numbers_stuff_N[ids_HW]
+        wrong_HW = look_up(of_id.numbers_stuff_N, ids_HW)
         problem = "id {} numbers an instance of stuff"
         defects += wrong_values(self, ids_HW, wrong_HW, problem.format, self.mask, usable=True)
-        return to_map(self, of_id.key_N[ids_HW], lambda key: _segment(key, labels), defects)
+        return to_map(self, look_up(of_id.key_N, ids_HW), lambda key: _segment(key, labels), defects)
 
 
 def read_index(root: str | Path, split: str) -> Index:

@@ -17,6 +17,7 @@ from preprocessing.files import File, Folder, Tree, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
+from preprocessing.paired import most_frequent
 from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
 from preprocessing.source import (
     BadSample,
@@ -29,9 +30,6 @@ from preprocessing.source import (
     read_file,
     without_repeats,
 )
-
-_NAMED = 5
-"""Of many ids of one kind, so many are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class CocoRecord(Record):
             return None
         unlisted_HW = labels_HW == UNKNOWN
         if unlisted_HW.any():
-            defects += self._unlisted(np.where(unlisted_HW, rgb_ids.read_png(data), 0))
+            defects += self._unlisted(rgb_ids.read_png(data), unlisted_HW)
             labels_HW[unlisted_HW] = 0
         segments = tabulate([segment for _, segment in rows.values()], *measures)
         defects += self._lies([row for row, _ in rows.values()], segments)
@@ -99,16 +97,14 @@ class CocoRecord(Record):
             raise BadSample(f"segment {row['id']} has iscrowd {row['iscrowd']!r}; expected 0 or 1")
         return Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0)))
 
-    def _unlisted(self, ids_HW: NDArray[np.int32]) -> Iterator[Defect]:
-        """Ids that only the PNG has; ids_HW is 0 elsewhere."""
-        ids, first, counts = np.unique(ids_HW[ids_HW > 0], return_index=True, return_counts=True)
-        ys, xs = np.nonzero(ids_HW)
-        for at in np.argsort(-counts)[:_NAMED]:
-            where = f"the first at x={xs[first[at]]}, y={ys[first[at]]}"
-            problem = f"segment {ids[at]} covers {counts[at]} px, {where}, but is not in the JSON"
-            yield self.defect(problem, segment=int(ids[at]))
-        if len(ids) > _NAMED:
-            yield self.defect(f"{len(ids) - _NAMED} more segments are not in the JSON")
+    def _unlisted(self, ids_HW: NDArray[np.int32], unlisted_HW: NDArray[np.bool_]) -> Iterator[Defect]:
+        """Ids that only the PNG has."""
+        found, others = most_frequent(ids_HW, unlisted_HW)
+        for number, pixels, x, y in found:
+            problem = f"segment {number} covers {pixels} px, the first at x={x}, y={y}, but is not in the JSON"
+            yield self.defect(problem, segment=number)
+        if others:
+            yield self.defect(f"{others} more segments are not in the JSON")
 
     def _lies(self, rows: list[dict[str, Any]], segments: list[Segment]) -> Iterator[Defect]:
         """What the JSON's rows say otherwise than the pixels of their segments."""

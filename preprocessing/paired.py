@@ -1,6 +1,8 @@
 """What data sets without an annotation JSON share: files paired by name, PNGs whose pixels say what they are."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,17 +10,21 @@ from numpy.typing import NDArray
 from preprocessing.files import File, Folder, Tree
 from preprocessing.kernels import relabel
 from preprocessing.labels import LabelTable
-from preprocessing.opening import BROKEN, open_image
+from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
+from preprocessing.png import read_gray, read_rgb
 from preprocessing.source import Defect, Index, Record, Rejected, TooManyBad, read_file, without_repeats
 
-GRAY8 = frozenset({"L"})
-GRAY = frozenset({"L", "I", "I;16"})
-"""Pillow's modes of 8-bit and 16-bit gray."""
-RGB = frozenset({"RGB"})
-_MEANING = {GRAY8: "8-bit gray", GRAY: "8-bit or 16-bit gray", RGB: "8-bit RGB"}
+T = TypeVar("T", bound=np.generic)
+Reading = Callable[[bytes], NDArray[Any]]
+"""A PNG's bytes -> its pixels; raises what is in BROKEN."""
+GRAY8: Reading = read_gray
+GRAY: Reading = partial(read_gray, most=16)
+RGB: Reading = read_rgb
 _NAMED = 5
 """Of many wrong values in one image, so many are named one by one."""
+_BLOCK = 1 << 20
+"""Pixels that are looked up at once: NumPy makes 8 bytes of each index."""
 
 
 def find_folder(tree: Tree, names: Iterable[str], layout: str) -> Folder:
@@ -41,39 +47,87 @@ def make_index(labels: LabelTable, found: Iterable[Record], rejected: Iterable[R
     return Index(labels, tuple(records), all_rejected)
 
 
-def read_png(record: Record, file: File, modes: frozenset[str], defects: list[Defect]) -> NDArray[np.int32] | None:
-    """The pixels, int32 (H, W) or (H, W, 3), of a PNG in one of Pillow's `modes`; otherwise None and a defect."""
+def read_png(record: Record, file: File, read: Reading, defects: list[Defect]) -> NDArray[Any] | None:
+    """The pixels, uint8 or uint16 (H, W), or (H, W, 3) of colours, of a PNG; otherwise None and a defect."""
     data = read_file(record, file, defects)
     if data is None:
         return None
     try:
-        with open_image(data, ("PNG",)) as image:
-            if image.mode in modes:
-                return np.asarray(image).astype(np.int32)
-            problem = f"the PNG has the mode {image.mode}, expected {_MEANING[modes]}"
+        return read(data)
     except BROKEN as error:
-        problem = f"not a readable PNG ({error})"
-    defects.append(record.defect(problem, file))
-    return None
+        defects.append(record.defect(f"not a readable PNG ({error})", file))
+        return None
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a map, some at a time."""
+    step = max(1, _BLOCK // max(1, shape[1]))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def look_up(table_N: NDArray[T], keys_HW: NDArray[Any]) -> NDArray[T]:
+    """table_N[keys_HW], for which NumPy alone takes 8 bytes a pixel more."""
+    found_HW = np.empty(keys_HW.shape, table_N.dtype)
+    for rows in blocks(keys_HW.shape):
+        found_HW[rows] = table_N[keys_HW[rows]]
+    return found_HW
+
+
+def occurring(keys_HW: NDArray[Any]) -> NDArray[np.int64]:
+    """The values from 0 to some million that a map holds, ascending."""
+    counts_N = np.zeros(int(keys_HW.max()) + 1, np.int64)
+    for rows in blocks(keys_HW.shape):
+        counts_N += np.bincount(keys_HW[rows].ravel(), minlength=len(counts_N))
+    return np.flatnonzero(counts_N)
+
+
+class Found(NamedTuple):
+    """A value of some pixels: how many there are, and where the first one is."""
+
+    value: int
+    pixels: int
+    x: int
+    y: int
+
+
+def most_frequent(values_HW: NDArray[Any], wanted_HW: NDArray[np.bool_]) -> tuple[list[Found], int]:
+    """The most frequent values of the wanted pixels, of equally frequent ones the smaller first; how many others.
+
+    Memory: 6 bytes a pixel, and 16 for each value.
+    """
+    values_N = values_HW[wanted_HW]
+    values_N.sort()
+    starts = np.flatnonzero(np.append(True, values_N[1:] != values_N[:-1]))
+    counts = np.diff(starts, append=len(values_N))
+    found = []
+    for at in np.argsort(-counts, kind="stable")[:_NAMED]:
+        value = values_N[starts[at]]
+        for rows in blocks(values_HW.shape):
+            places = np.flatnonzero((values_HW[rows] == value) & wanted_HW[rows])
+            if places.size:
+                y, x = divmod(int(places[0]), values_HW.shape[1])
+                found.append(Found(int(value), int(counts[at]), x, rows.start + y))
+                break
+    return found, len(starts) - len(found)
 
 
 def wrong_values(
     record: Record,
-    values_HW: NDArray[np.int32],
+    values_HW: NDArray[Any],
     wrong_HW: NDArray[np.bool_],
     problem: Callable[[int], str],
     file: File,
     usable: bool = False,
 ) -> Iterator[Defect]:
     """A defect for each value, as `problem` words it, that pixels marked in wrong_HW (H, W) have; largest first."""
-    ys, xs = np.nonzero(wrong_HW)
-    values, first, counts = np.unique(values_HW[ys, xs], return_index=True, return_counts=True)
-    for at in np.argsort(-counts, kind="stable")[:_NAMED]:
-        value, where = int(values[at]), f"x={xs[first[at]]}, y={ys[first[at]]}"
-        text = f"{problem(value)} ({counts[at]} px, the first at {where})"
+    if not wrong_HW.any():
+        return
+    found, others = most_frequent(values_HW, wrong_HW)
+    for value, pixels, x, y in found:
+        text = f"{problem(value)} ({pixels} px, the first at x={x}, y={y})"
         yield record.defect(text, file, segment=value, usable=usable)
-    if len(values) > _NAMED:
-        yield record.defect(f"{len(values) - _NAMED} more values of this kind", file, usable=usable)
+    if others:
+        yield record.defect(f"{others} more values of this kind", file, usable=usable)
 
 
 def to_map(
@@ -83,7 +137,7 @@ def to_map(
 
     keys_HW: int32 (H, W), 0 = void, otherwise positive and below some million. At most 65534 keys may occur.
     """
-    keys_N = np.flatnonzero(np.bincount(keys_HW.ravel()))
+    keys_N = occurring(keys_HW)
     keys_N = keys_N[keys_N > 0]
     labels_HW = relabel(
         np.ascontiguousarray(keys_HW, np.int32), keys_N.astype(np.int32), np.arange(1, len(keys_N) + 1, dtype=np.uint16)

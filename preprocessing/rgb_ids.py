@@ -8,31 +8,33 @@ from PIL import Image
 
 from infra.errors import TesseraError
 from preprocessing.kernels import UNKNOWN, Measures, measure, read_scanlines, relabel
-from preprocessing.opening import open_image
-from preprocessing.png import rgb_scanlines
+from preprocessing.png import is_gray, read_rgb, rgb_scanlines
 
 MAX_ID = 256**3 - 1
 
 
 def decode(rgb_HW3: NDArray[np.uint8]) -> NDArray[np.int32]:
     """uint8 RGB (H, W, 3) -> int32 ids (H, W)."""
-    wide = rgb_HW3.astype(np.int32)
-    return wide[..., 0] + (wide[..., 1] << 8) + (wide[..., 2] << 16)
+    ids_HW = rgb_HW3[..., 2].astype(np.int32)
+    for channel in (1, 0):  # in place: nothing larger than the result is ever held
+        ids_HW <<= 8
+        ids_HW |= rgb_HW3[..., channel]
+    return ids_HW
 
 
 def encode(ids_HW: NDArray[np.int32]) -> NDArray[np.uint8]:
     """int32 ids (H, W) -> uint8 RGB (H, W, 3). Raises TesseraError for ids outside 0..MAX_ID."""
     if ids_HW.size and (ids_HW.min() < 0 or ids_HW.max() > MAX_ID):
         raise TesseraError(f"panoptic ids span {ids_HW.min()}..{ids_HW.max()}; RGB holds 0..{MAX_ID}")
-    return np.stack([ids_HW & 255, ids_HW >> 8 & 255, ids_HW >> 16], axis=-1).astype(np.uint8)
+    rgb_HW3 = np.empty((*ids_HW.shape, 3), np.uint8)
+    for channel in range(3):
+        rgb_HW3[..., channel] = ids_HW >> 8 * channel & 255
+    return rgb_HW3
 
 
 def read_png(data: bytes) -> NDArray[np.int32]:
-    """PNG bytes -> int32 ids (H, W). Raises what `open_image` does for unreadable data; ValueError if not RGB."""
-    with open_image(data, ("PNG",)) as image:
-        if image.mode != "RGB":
-            raise ValueError(f"a panoptic PNG is 8-bit RGB, this one is {image.mode}")
-        return decode(np.asarray(image))
+    """PNG bytes -> int32 ids (H, W). Raises what `png.read_rgb` does."""
+    return decode(read_rgb(data))
 
 
 def read_labels(data: bytes, ids_N: NDArray[np.int32]) -> tuple[NDArray[np.uint16], Measures]:
@@ -40,8 +42,8 @@ def read_labels(data: bytes, ids_N: NDArray[np.int32]) -> tuple[NDArray[np.uint1
 
     ids_N: int32, distinct, 1..MAX_ID, fewer than UNKNOWN. Returns the labels, uint16 (H, W): i + 1 for ids_N[i],
     0 = void for id 0, UNKNOWN for ids that are not listed; and what `kernels.measure` returns, where UNKNOWN is
-    left out: there is some if the areas do not add up to H W. Raises ValueError for damaged data and what is
-    not RGB, and what `open_image` does.
+    left out: there is some if the areas do not add up to H W. Raises ValueError for damaged data, and what
+    `png.read_rgb` does.
     """
     if ids_N.size >= UNKNOWN:
         raise TesseraError(f"{ids_N.size} segments in one image; at most {UNKNOWN - 1} fit")
@@ -51,6 +53,8 @@ def read_labels(data: bytes, ids_N: NDArray[np.int32]) -> tuple[NDArray[np.uint1
     if lines_HB is not None:
         return read_scanlines(lines_HB, sorted_ids_N, labels_N)
     labels_HW = relabel(read_png(data), sorted_ids_N, labels_N)
+    if is_gray(data) and UNKNOWN in labels_HW:  # by an optimiser's leave a gray v is the id v + 256 v + 65536 v
+        raise ValueError("it is gray, and its grays are no ids of the JSON; expected 8-bit RGB")
     return labels_HW, _measured_known(labels_HW, ids_N.size)
 
 

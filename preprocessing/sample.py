@@ -15,9 +15,10 @@ from PIL import Image
 from infra import opening
 from infra.errors import TesseraError
 from preprocessing.geometry import PADDING, Frame, Size, resize_labels
+from preprocessing.image_file import read_image
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
-from preprocessing.opening import BROKEN, open_image
+from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap, Segment, visible
 from preprocessing.source import Record, usable
 
@@ -104,21 +105,19 @@ def _to_jpeg(rgb_HW3: NDArray[np.uint8]) -> bytes:
 def decode_image(data: bytes, grid: Size | None = None) -> NDArray[np.uint8]:
     """Image bytes -> uint8 RGB (H, W, 3), squashed to `grid` if given.
 
-    EXIF rotation is ignored, as COCO's annotations do. TesseraError for what is no image, or too large.
+    As `read_image` reads it, EXIF rotation ignored. TesseraError for what is no image, or too large.
     """
     try:
-        with open_image(data) as image:
-            return to_rgb(image, grid)
+        return to_rgb(read_image(data).rgb, grid)
     except BROKEN as error:
         raise TesseraError(f"not a readable image ({error}); run precompute again if it is in a shard") from error
 
 
 def to_rgb(image: Image.Image, grid: Size | None) -> NDArray[np.uint8]:
-    """A decoded image -> uint8 RGB (H, W, 3), squashed to `grid` if given."""
-    rgb = image.convert("RGB")
-    if grid is not None and (rgb.height, rgb.width) != grid:
-        rgb = rgb.resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    """An RGB image -> uint8 RGB (H, W, 3), squashed to `grid` if given."""
+    if grid is not None and (image.height, image.width) != grid:
+        image = image.resize((grid[1], grid[0]), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def framed_image(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:

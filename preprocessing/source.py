@@ -13,12 +13,10 @@ from infra.errors import TesseraError
 from infra.text import sentence, shown
 from preprocessing.files import File
 from preprocessing.geometry import Size
+from preprocessing.image_file import read_image
 from preprocessing.labels import LabelTable
-from preprocessing.opening import BROKEN, open_image
+from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap
-
-ORIENTATION = 0x0112
-"""EXIF tag."""
 
 
 class BadSample(Exception):
@@ -80,7 +78,7 @@ class Examined:
     data: bytes
     """The image file, empty if it cannot be read."""
     picture: Image.Image | None
-    """The same, decoded; EXIF rotation not applied."""
+    """The same, as `read_image` has it: 8-bit RGB, EXIF rotation not applied."""
     truth: PanopticMap | None
     defects: tuple[Defect, ...]
 
@@ -147,20 +145,14 @@ class Record(ABC):
         if data is None:
             return b"", None
         try:
-            picture = open_image(data)
-            picture.load()
-            # Pillow fills what an interrupted download left as zeros with grey; some cameras write after the end
-            if picture.format == "JPEG" and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]:
-                raise OSError("the JPEG has no end marker")
+            found = read_image(data)
         except BROKEN as error:
             why = "of no format that is known" if isinstance(error, UnidentifiedImageError) else error
             defects.append(self.defect(f"not a readable image ({why})", self.image))
             return data, None
-        if picture.mode.startswith(("I", "F")):
-            defects.append(self.defect(f"the image has more than 8 bits a channel ({picture.mode})", self.image))
-        if problem := _odd_exif(picture):
-            defects.append(self.defect(problem, self.image, usable=True))
-        return data, picture
+        for note in found.notes:
+            defects.append(self.defect(note.refused or note.text, self.image, usable=not note.refused))
+        return data, found.rgb
 
 
 @dataclass(frozen=True)
@@ -198,14 +190,6 @@ def read_file(record: Record, file: File, defects: list[Defect]) -> bytes | None
     except OSError as error:
         defects.append(record.defect(f"cannot be read ({error.strerror or error})", file))
         return None
-
-
-def _odd_exif(picture: Image.Image) -> str:
-    try:
-        turned = picture.getexif().get(ORIENTATION, 1) != 1
-    except BROKEN:
-        return "its EXIF data cannot be read: taken as it lies"
-    return "EXIF says that the image is to be rotated; that is ignored, as COCO's annotations do" if turned else ""
 
 
 def known_id(written: Any) -> int:

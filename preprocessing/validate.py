@@ -129,7 +129,7 @@ def _overlay(record: Record, found: Examined, labels: LabelTable) -> dict[int, s
     if found.picture is None or found.truth is None:
         return {}
     size = found.truth.size
-    image_HW3 = np.asarray(found.picture.convert("RGB"))
+    image_HW3 = np.asarray(found.picture)
     if image_HW3.shape[:2] != size:
         return {}
     png = encode_png(panoptic_overlay(image_HW3, found.truth, labels), size)

@@ -1,6 +1,5 @@
 """`read_labels` against Pillow: whatever the PNG, the same map or an error."""
 
-import io
 import itertools
 import json
 import struct
@@ -199,14 +198,6 @@ def test_damage_is_named(name: str):
     data, text = DAMAGED[name]
     with pytest.raises(ValueError, match=text):
         read_labels(data, np.array([1], np.int32))
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "I;16"])
-def test_another_mode_is_refused_by_its_name(mode: str):
-    buffer = io.BytesIO()
-    Image.new(mode, (4, 4)).save(buffer, format="PNG")
-    with pytest.raises(ValueError, match=mode):
-        read_labels(buffer.getvalue(), np.array([1], np.int32))
 
 
 def pillows(data: bytes) -> np.ndarray | None:

@@ -1,12 +1,9 @@
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from panopticapi.utils import id2rgb, rgb2id
-from PIL import Image
 
 from infra.errors import TesseraError
 from preprocessing.rgb_ids import MAX_ID, decode, encode, read_png, write_png
@@ -42,11 +39,3 @@ def test_ids_that_rgb_cannot_hold_are_refused(value: int):
 
 def test_an_empty_map_stays_empty():
     assert encode(np.empty((0, 4), np.int32)).shape == (0, 4, 3)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "I;16"])
-def test_a_png_of_another_mode_is_refused_by_its_name(mode: str):
-    buffer = io.BytesIO()
-    Image.new(mode, (4, 4)).save(buffer, format="PNG")
-    with pytest.raises(ValueError, match=mode):
-        read_png(buffer.getvalue())

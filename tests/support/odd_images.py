@@ -29,14 +29,52 @@ def rotated_jpeg(orientation: int = 6) -> bytes:
     return encoded(scene(), "JPEG", quality=95, exif=exif)
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(height: int, width: int, bits: int, colours: int, rows: bytes, *more: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def bomb(side: int = 60_000) -> bytes:
     """A PNG of a few bytes that claims side x side pixels."""
+    return png(side, side, 8, 2, b"")
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+def deep_png(values: np.ndarray, *more: bytes) -> bytes:
+    """16 bits a channel: (H, W) gray, or (H, W, C), C = 2 gray and alpha, 3 RGB, 4 RGBA; more: chunks before the
+    pixels."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    channels = values.shape[2] if values.ndim == 3 else 1
+    return png(*values.shape[:2], 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], rows, *more)
+
+
+def tiff(values: np.ndarray, photometric: int, *more: tuple[int, int], order: str = "<") -> bytes:
+    """An uncompressed TIFF of uint8 or uint16 (H, W) or (H, W, C); more: tags of one short each."""
+    bits, channels = values.dtype.itemsize * 8, values.shape[2] if values.ndim == 3 else 1
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    tags = {256: values.shape[1], 257: values.shape[0], 259: 1, 262: photometric, 273: 8, 277: channels}
+    tags |= {278: values.shape[0], 284: 1, **dict(more)}
+    start = 8 + len(data) + len(data) % 2
+    bits_at = start + 2 + 12 * (len(tags) + 2) + 4
+    entries = [(tag, 4 if tag == 273 else 3, 1, value) for tag, value in tags.items()]
+    entries += [(258, 3, channels, bits if channels == 1 else bits_at), (279, 4, 1, len(data))]
+    packed = b"".join(
+        struct.pack(
+            f"{order}HHIHH" if kind == 3 and n == 1 else f"{order}HHII",
+            tag,
+            kind,
+            n,
+            value,
+            *([0] * (kind == 3 and n == 1)),
+        )
+        for tag, kind, n, value in sorted(entries)
+    )
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
+    ifd = struct.pack(f"{order}H", len(entries)) + packed + struct.pack(f"{order}I", 0)
+    return head + data + bytes(len(data) % 2) + ifd + struct.pack(f"{order}{channels}H", *[bits] * channels)
 
 
 def readable() -> dict[str, bytes]:

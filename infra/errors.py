@@ -20,3 +20,7 @@ class StoreError(TesseraError):
 
 class NoSuchObject(StoreError):
     """The store answers, and has no object of this key."""
+
+
+class DamagedObject(TesseraError):
+    """What the store gives is not what was written there."""

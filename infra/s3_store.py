@@ -1,34 +1,49 @@
 """A store in a bucket of any S3-compatible server, that outlasts the server's absence.
 
-Address and credentials come from the environment alone: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION. So does TESSERA_STORE_PATIENCE: the seconds (300) for which an operation
-waits for a server that does not answer before it is an error. All that a server refuses is one at once.
+Address, credentials and what the server can do come from the environment alone: AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_REQUEST_CHECKSUM_CALCULATION. So does
+TESSERA_STORE_PATIENCE: the seconds (300) for which an operation waits for a server that does not answer before it is
+an error. All that a server refuses is one at once.
 """
 
 import io
 import logging
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, TypeVar
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError, InvalidRegionError
 from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.httpchecksum import FlexibleChecksumError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from infra import interrupt
-from infra.errors import NoSuchObject, StoreError, TesseraError
+from infra.errors import DamagedObject, NoSuchObject, StoreError, TesseraError
+from infra.s3_answers import (
+    cause,
+    entries,
+    entry,
+    in_utc,
+    is_gone,
+    is_unconditional,
+    may_pass,
+    next_page,
+    refuse_pages,
+    status,
+)
 from infra.store import Entry, Store, checked_prefix
+from infra.text import sentence
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -37,6 +52,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tessera.store")
 
+_UNCONDITIONAL = (
+    "this server has no conditional writes (If-None-Match), which keep two processes from taking one place; "
+    "docs/operations.md names servers that have them"
+)
+_NOT_THERE = (405, 501)  # of a server that knows no uploads in parts, and so has none
 _UPLOAD = "?uploadId="  # between key and id of an upload in parts: no server allows it in either
 _ONE_PUT = 1 << 30  # bytes; S3 takes five times as many in one request
 _HURRY_SECONDS = 1.0  # the patience of Store.check
@@ -46,21 +66,6 @@ _SETTLING_SECONDS = 5.0  # a server that is back may fail once more without a ne
 _BUFFER_BYTES = 1 << 20
 # The connection was refused, timed out or broke, be it in the middle of an answer.
 _LOST = (NoConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, HTTPError)
-_BUSY = (429, 500, 502, 503, 504)  # of a server that starts, stops or is swamped
-_UNREACHED = "start the server or correct AWS_ENDPOINT_URL"
-_REMEDIES = {
-    "AccessDenied": "use credentials that may read, write, list and delete there",
-    # All that the answer to a HEAD tells.
-    "403": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to credentials that may read there",
-    "InvalidAccessKeyId": "set AWS_ACCESS_KEY_ID to one that the server knows",
-    "SignatureDoesNotMatch": "set AWS_SECRET_ACCESS_KEY to the secret of this AWS_ACCESS_KEY_ID",
-    "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "PreconditionFailed": "it was replaced while being read",
-    "NoSuchBucket": "create the bucket or correct the URL",
-    "EndpointConnectionError": _UNREACHED,
-    "ConnectTimeoutError": _UNREACHED,
-    "ReadTimeoutError": _UNREACHED,
-}
 _T = TypeVar("_T")
 
 
@@ -95,12 +100,12 @@ class S3Store(Store):
             except (*_LOST, ClientError) as error:
                 now = time.monotonic()
                 end = now + self._patience if end is None else end
-                if not _may_pass(error) or now >= end:
+                if not may_pass(error) or now >= end:
                     raise
                 interrupt.look()
                 if now - began >= _SILENT_SECONDS and _outage.turns(True, tried):
                     said = "%s does not answer: %s; waiting up to %g s"
-                    log.warning(said, self.url, _cause(error), self._patience)
+                    log.warning(said, self.url, sentence(cause(error)), self._patience)
                 # Not random's own generator: training counts on its state.
                 time.sleep(min(end - now, wait * random.SystemRandom().uniform(2 / 3, 1)))
                 wait = min(2 * wait, longest)
@@ -123,8 +128,8 @@ class S3Store(Store):
             if len(data) <= _ONE_PUT:
                 self._put(url, data)
                 return
-            extra = {"ChecksumAlgorithm": "CRC32"}  # in parts, which become visible as one object
-            self._patiently(lambda: self._client.upload_fileobj(io.BytesIO(data), **_address(url), ExtraArgs=extra))
+            # in parts, which become visible as one object
+            self._patiently(lambda: self._client.upload_fileobj(io.BytesIO(data), **_address(url)))
 
     def create(self, key: str, data: bytes) -> bool:
         writer = {"writer": uuid.uuid4().hex}
@@ -132,61 +137,57 @@ class S3Store(Store):
             try:
                 self._put(url, data, IfNoneMatch="*", Metadata=writer)
             except ClientError as error:
-                if _status(error) != 412:
+                if is_unconditional(error):
+                    raise StoreError(f"cannot create {url}: {cause(error)}; {_UNCONDITIONAL}") from error
+                if status(error) != 412:
                     raise
                 # Our own put is there when its answer was lost and it was sent again, however often.
                 there = self._patiently(lambda: self._client.head_object(**_address(url)))
-                return there["Metadata"] == writer
+                told = {name.lower(): value for name, value in there.get("Metadata", {}).items()}
+                return writer.items() <= told.items()
             return True
 
     def _put(self, url: str, data: bytes, **conditions: Any) -> None:
-        put = {**_address(url), "Body": data, "ChecksumAlgorithm": "CRC32", **conditions}
-        self._patiently(lambda: self._client.put_object(**put))
+        self._patiently(lambda: self._client.put_object(**_address(url), Body=data, **conditions))
 
     def exists(self, key: str) -> bool:
         with _telling("look up", url := self.url_for(key)):
             try:
                 self._patiently(lambda: self._client.head_object(**_address(url)))
             except ClientError as error:
-                if _status(error) != 404:
+                if status(error) != 404:
                     raise
                 return False
             return True
 
     def stat(self, key: str) -> Entry:
         with _telling("look up", url := self.url_for(key)):
-            found = self._patiently(lambda: self._client.head_object(**_address(url)))
-            return Entry(key, found["ContentLength"], found["LastModified"].astimezone(UTC))
+            return entry(key, self._patiently(lambda: self._client.head_object(**_address(url))))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         root = _address(f"{self.url}/")
-        start = len(root["Key"])
-        request: dict[str, Any] = {"Bucket": root["Bucket"], "Prefix": root["Key"] + checked_prefix(prefix)}
+        start, asked = len(root["Key"]), root["Key"] + checked_prefix(prefix)
+        request: dict[str, Any] | None = {"Bucket": root["Bucket"], "Prefix": asked}
         found: list[Entry] = []
         with _telling("list", self.url):
-            while True:  # botocore's iterator over pages cannot go on after one that failed: it just ends
-                page = self._patiently(partial(self._page, request))
-                found += [
-                    Entry(item["Key"][start:], item["Size"], item["LastModified"].astimezone(UTC))
-                    for item in page.get("Contents", [])
-                    if not item["Key"].endswith("/")  # pyarrow and web consoles leave such marks for folders
-                ]
-                if not page["IsTruncated"]:
-                    return iter(sorted(found))  # SeaweedFS and S3 Express have their own order
-                request["ContinuationToken"] = page["NextContinuationToken"]
+            while (
+                request is not None
+            ):  # botocore's iterator over pages cannot go on after one that failed: it just ends
+                page = self._patiently(partial(self._client_list, request))
+                found += entries(page, asked, start, self.stat)
+                request = next_page(request, page)
+            return iter(sorted(found))  # SeaweedFS and S3 Express have their own order
 
-    def _uploads(self, request: dict[str, Any]) -> "ListMultipartUploadsOutputTypeDef":
-        return self._client.list_multipart_uploads(**request)
-
-    def _page(self, request: dict[str, Any]) -> "ListObjectsV2OutputTypeDef":
-        page = self._client.list_objects_v2(**request)
-        if "IsTruncated" not in page:  # or a folder whose answer was cut off would look empty
-            raise ResponseParserError("the answer broke off before its first byte")
-        return page
+    def _client_list(self, request: dict[str, Any]) -> "ListObjectsV2OutputTypeDef":
+        return self._client.list_objects_v2(**request)
 
     def delete(self, key: str) -> None:
         with _telling("delete", url := self.url_for(key)):
-            self._patiently(lambda: self._client.delete_object(**_address(url)))
+            try:
+                self._patiently(lambda: self._client.delete_object(**_address(url)))
+            except ClientError as error:
+                if not is_gone(error):  # some servers say so
+                    raise
 
     def partials(self) -> Iterator[Entry]:
         root = _address(f"{self.url}/")
@@ -194,14 +195,24 @@ class S3Store(Store):
         found: list[Entry] = []
         with _telling("list the uploads in parts below", self.url):
             while True:
-                page = self._patiently(partial(self._uploads, request))
+                try:
+                    page = self._patiently(partial(self._uploads, request))
+                except ClientError as error:
+                    if status(error) not in _NOT_THERE:
+                        raise
+                    return iter(())
                 found += [
-                    Entry(f"{item['Key'][len(root['Key']) :]}{_UPLOAD}{item['UploadId']}", 0, _time(item["Initiated"]))
+                    Entry(f"{item['Key'][len(root['Key']) :]}{_UPLOAD}{item['UploadId']}", 0, in_utc(item["Initiated"]))
                     for item in page.get("Uploads", [])
+                    if item.keys() >= {"Key", "UploadId", "Initiated"}
                 ]
-                if not page.get("IsTruncated"):
+                mark = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+                if not page.get("IsTruncated") or None in mark.values() or mark.items() <= request.items():
                     return iter(sorted(found))
-                request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                request |= mark
+
+    def _uploads(self, request: dict[str, Any]) -> "ListMultipartUploadsOutputTypeDef":
+        return self._client.list_multipart_uploads(**request)
 
     def discard(self, partial: Entry) -> None:
         key, _, upload = partial.key.rpartition(_UPLOAD)
@@ -209,11 +220,18 @@ class S3Store(Store):
             try:
                 self._patiently(lambda: self._client.abort_multipart_upload(**_address(url), UploadId=upload))
             except ClientError as error:
-                if _status(error) != 404:
+                if status(error) != 404:
                     raise
 
     def check(self) -> None:
-        Store.check(replace(self, hurried=True))
+        hurried, key = replace(self, hurried=True), f"probe-{uuid.uuid4().hex}"
+        Store.check(hurried)
+        hurried.write(key, b"tessera")
+        try:
+            if [(one.key, one.size) for one in hurried.list(key)] != [(key, len(b"tessera"))]:
+                raise TesseraError(f"{self.url} does not list what was written, as S3 does")
+        finally:
+            hurried.delete(key)
 
 
 class _S3Stream(io.RawIOBase):
@@ -221,7 +239,7 @@ class _S3Stream(io.RawIOBase):
 
     def __init__(self, store: S3Store, url: str, answer: Any) -> None:
         self._store, self._url = store, url
-        self._body, self._etag, self._position, self._broken = answer["Body"], answer["ETag"], 0, False
+        self._body, self._etag, self._position, self._broken = answer["Body"], answer.get("ETag"), 0, False
 
     def readable(self) -> bool:
         return True
@@ -234,12 +252,22 @@ class _S3Stream(io.RawIOBase):
 
     def _fill(self, buffer: "WriteableBuffer") -> int:
         if self._broken:
-            rest = {"Range": f"bytes={self._position}-", "IfMatch": self._etag}
-            self._body = self._store._client.get_object(**_address(self._url), **rest)["Body"]
+            self._body = self._rest()
         self._broken = True
         count: int = self._body.readinto(buffer)
         self._broken = False
         return count
+
+    def _rest(self) -> Any:
+        if self._etag is None:
+            raise StoreError(f"cannot read {self._url} on: the connection broke, and the server gives no ETag")
+        rest = {"Range": f"bytes={self._position}-", "IfMatch": self._etag}
+        answer = self._store._client.get_object(**_address(self._url), **rest)
+        if answer.get("ETag") != self._etag:
+            raise StoreError(f"cannot read {self._url} on: it was replaced while being read")
+        if self._position and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            raise StoreError(f"cannot read {self._url} on: the connection broke, and the server knows no Range")
+        return answer["Body"]
 
     def readall(self) -> bytes:
         return b"".join(iter(partial(self.read, _BUFFER_BYTES), b""))
@@ -287,9 +315,14 @@ def _connect(pid: int, environment: tuple[tuple[str, str], ...], seconds: float)
     # botocore itself knows only AWS_DEFAULT_REGION.
     region = variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1"
     try:
-        return boto3.session.Session().client("s3", region_name=region, config=config)
+        client = boto3.session.Session().client("s3", region_name=region, config=config)
+    except InvalidRegionError as error:
+        raise TesseraError(f"{error}: correct AWS_REGION") from error
     except ValueError as error:
-        raise TesseraError(f"{error}: AWS_ENDPOINT_URL must look like http://host:port") from error
+        told = re.sub(r"\S*@", "***@", str(error))  # a password, however it is put
+        raise TesseraError(f"{told}: AWS_ENDPOINT_URL must look like http://host:port") from error
+    client.meta.events.register("after-call.s3", refuse_pages)
+    return client
 
 
 class _Address(TypedDict):
@@ -302,34 +335,17 @@ def _address(url: str) -> _Address:
     return {"Bucket": bucket, "Key": key}
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may be answered later."""
-    if isinstance(error, ClientError):
-        return _status(error) in _BUSY or error.response["Error"]["Code"] == "RequestTimeout"
-    return True
-
-
-def _status(error: ClientError) -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
-
-
-def _time(modified: datetime) -> datetime:
-    return modified.astimezone(UTC)
-
-
 @contextmanager
 def _telling(verb: str, url: str) -> Iterator[None]:
-    """Turn what botocore or the server raises into a StoreError."""
+    """Turn what botocore or the server raises into a StoreError, or into what it says of the object."""
     try:
         yield
     except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
-        gone = isinstance(error, ClientError) and error.response["Error"]["Code"] in ("NoSuchKey", "404")
-        raise (NoSuchObject if gone else StoreError)(f"cannot {verb} {url}: {_cause(error)}") from error
-
-
-def _cause(error: Exception) -> str:
-    name, cause = type(error).__name__, str(error)
-    if isinstance(error, ClientError):
-        name = error.response["Error"]["Code"]
-        cause = f"{error.response['Error'].get('Message') or 'refused'} ({name})"
-    return f"{cause}; {_REMEDIES[name]}" if name in _REMEDIES else cause
+        kind = (
+            NoSuchObject
+            if is_gone(error)
+            else DamagedObject
+            if isinstance(error, FlexibleChecksumError)
+            else StoreError
+        )
+        raise kind(f"cannot {verb} {url}: {cause(error)}") from error

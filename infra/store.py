@@ -147,6 +147,8 @@ class Store(ABC):
         key, data = f"probe-{uuid.uuid4().hex}", b"tessera"
         self.write(key, data)
         try:
+            if self.read(key) != data:
+                raise TesseraError(f"{self.url} gives back other bytes than were written: see what answers there")
             if self.create(key, b"") or self.read(key) != data:
                 raise TesseraError(f"{self.url} replaces objects that it was asked to keep (If-None-Match)")
         finally:

@@ -12,14 +12,15 @@ NAME = 200
 SENTENCE = 1000
 """Characters that a sentence about it may take."""
 
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~:@&$])")
 _CUT = " [...] "
 
 
 def shown(value: object, most: int = NAME) -> str:
     """The value's text on one line of at most `most` characters: others than printable ones are escaped, of a longer
-    text the beginning and the end remain."""
-    text = value if isinstance(value, str) else str(value)
+    text the beginning and the end remain. Users and passwords in URLs are left out."""
+    text = _PASSWORD.sub("***@", value if isinstance(value, str) else str(value))
     if len(text) > most:  # cut first: it may be of any length
         tail = most // 3
         text = text[: most - tail] + _CUT + text[len(text) - tail :]

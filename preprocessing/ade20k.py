@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.files import File, Folder, Tree
+from preprocessing.files import File
 from preprocessing.labels import LabelTable
 from preprocessing.paired import GRAY8, RGB, find_folder, look_up, make_index, occurring, read_png, to_map, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment
 from preprocessing.source import Defect, Index, Record, Rejected, read_file, stable_id
+from preprocessing.tree import Folder, Tree
 
 _CHALLENGE = ("", "ADEChallengeData2016/")
 _FULL = ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/")

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.files import File, Folder, Tree
+from preprocessing.files import File
 from preprocessing.labels import Category, LabelTable
 from preprocessing.paired import GRAY, find_folder, look_up, make_index, read_png, to_map, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment
 from preprocessing.source import Defect, Index, Record, Rejected, stable_id
+from preprocessing.tree import Folder, Tree
 
 
 class Label(NamedTuple):

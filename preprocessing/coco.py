@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
-from preprocessing.files import File, Folder, Tree, leads_outside
+from preprocessing.files import File
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
@@ -30,7 +30,10 @@ from preprocessing.source import (
     read_file,
     without_repeats,
 )
+from preprocessing.tree import Folder, Tree, leads_outside
 
+_PNG = ".png"
+"""What the name of a PNG ends with in the annotations; in some exports it is the image's."""
 
 @dataclass(frozen=True)
 class CocoRecord(Record):
@@ -125,12 +128,15 @@ class CocoRecord(Record):
 
 
 def read_index(root: str | Path, split: str) -> Index:
-    """Read `root/annotations/panoptic_<split>.json` and pair it with `root/<split>/` images and PNGs.
+    """Read `root/annotations/panoptic_<split>.json` and pair it with PNGs and images.
 
-    Each of the three may lie in a zip at the root; the PNGs also in `panoptic_<split>.zip` beside the JSON or in
-    the zip that holds the JSON, as COCO publishes them. Raises TesseraError for a missing folder or file, a
-    JSON that is not a panoptic one, and an empty data set. Entries that cannot be paired are rejected: an entry
-    without image, an image with two entries or none. PNGs without an entry are no samples: they are unused.
+    The PNGs lie in `root/annotations/panoptic_<split>` or `root/panoptic_<split>`, the images in `root/<split>` or
+    `root/images/<split>`. Each of the three may lie in a zip at the root; the PNGs also in `panoptic_<split>.zip`
+    beside the JSON or in the zip that holds the JSON, as COCO publishes them. All of it may lie one folder deeper.
+
+    Raises TesseraError for a missing folder or file, a JSON that is not a panoptic one, and an empty data set. Entries
+    that cannot be paired are rejected: an entry without image, an image with two entries or none. PNGs without an entry
+    are no samples: they are unused.
     """
     annotation_file, masks, images = find(Tree(root), split)
     content = _read_json(annotation_file)
@@ -143,7 +149,7 @@ def read_index(root: str | Path, split: str) -> Index:
             records.append(_record(entry, images_by_id, masks, images))
         except BadSample as problem:
             written = entry.get("image_id")
-            named = masks.file(entry["file_name"]) if isinstance(entry.get("file_name"), str) else annotation_file
+            named = masks.file(entry["file_name"], _PNG) if isinstance(entry.get("file_name"), str) else annotation_file
             rejected.append(Rejected(written if isinstance(written, int) else None, str(named), str(problem)))
     records, repeated = without_repeats(records)
     rejected += repeated + list(_without_annotation(content["annotations"], images_by_id, images))
@@ -157,12 +163,13 @@ def read_index(root: str | Path, split: str) -> Index:
 
 def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
     """Annotation JSON, PNG folder and image folder of a split. TesseraError naming what is not there."""
-    masks = f"annotations/panoptic_{split}"
-    found = tree.file(f"{masks}.json"), tree.folder(masks), tree.folder(split)
-    for path, part in zip((f"{masks}.json", masks, split), found, strict=True):
+    masks = f"panoptic_{split}"
+    names = (f"annotations/{masks}.json",), (f"annotations/{masks}", masks), (split, f"images/{split}")
+    annotation_file = tree.file(*names[0])
+    png_folder, images = (tree.folder(*either) for either in names[1:])
+    for either, part in zip(names, (annotation_file, png_folder, images), strict=True):
         if part is None:
-            raise tree.missing(path, expected="COCO's layout")
-    annotation_file, png_folder, images = found
+            raise tree.missing(*either, expected="COCO's layout")
     assert annotation_file
     assert png_folder
     assert images
@@ -211,7 +218,7 @@ def _record(
         raise BadSample("segments_info is no list of objects")
     size = _whole(listed[0], "height"), _whole(listed[0], "width")
     image, mask = _name(listed[0], "the image's"), _name(entry, "the PNG's")
-    return CocoRecord(image_id, images.file(image), size, masks.file(mask), tuple(rows))
+    return CocoRecord(image_id, images.file(image), size, masks.file(mask, _PNG), tuple(rows))
 
 
 def _whole(entry: dict[str, Any], field: str) -> int:
@@ -239,9 +246,10 @@ def _number(row: dict[str, Any], name: str) -> int:
 
 def _unused(annotations: Iterable[dict[str, Any]], masks: Folder) -> Iterator[Defect]:
     """PNGs that no annotation mentions, as a JSON for a part of the images leaves them."""
-    named = {str(entry.get("file_name")) for entry in annotations}
-    for name in sorted(masks.files.keys() - named):
-        if name.endswith(".png") and not PurePosixPath(name).name.startswith("._"):  # what macOS leaves behind
+    named = {masks.file(str(entry.get("file_name")), _PNG) for entry in annotations}
+    for name in sorted(masks.files):
+        is_junk = PurePosixPath(name).name.startswith("._")  # what macOS leaves behind
+        if name.endswith(".png") and not is_junk and masks.files[name] not in named:
             yield Defect("the PNG has no entry in the JSON", str(masks.files[name]), usable=True)
 
 

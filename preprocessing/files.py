@@ -1,7 +1,7 @@
 """The files of a data set: on disk, in zips, which are read where they lie and never unpacked, or on an object store.
 
-Only the driver reads a zip's directory and lists a store; a `File` then says by itself where its bytes are, so a
-worker reads one sample of 118,000 without knowing of the others.
+Only the driver reads a zip's directory and lists a store (preprocessing.tree); a `File` then says by itself where its
+bytes are, so a worker reads one sample of 118,000 without knowing of the others.
 """
 
 import io
@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -21,12 +21,16 @@ from infra.opening import check_size, open_regular, read_regular
 from infra.store import open_store
 from infra.text import shown
 
-_MOST_INFLATED = 100
-"""How much larger a zip in a zip may be than what it is packed in; a bomb is up to 1032 times as large."""
+_MOST_INFLATED = 50
+"""How much larger a file may be than it is in a zip: annotations are 5 to 25 times as large, a bomb up to 1032."""
 _SMALL = 1 << 24
 """Bytes up to which it may be anything."""
 
-_S3 = "s3://"
+S3 = "s3://"
+_UTF8 = 0x800
+"""Flag of a member whose name is UTF-8."""
+_UNICODE_PATH = 0x7075
+_DIRECTORY = b"PK\1\2"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CHUNK = 1 << 20
 
@@ -59,6 +63,8 @@ class File:
     """Its name in the zip (of the zip) at `path`."""
     listed: int | None = None
     """Bytes of an object as the store's listing has them; None where that lacks it: then nobody asks for it."""
+    fault: str = ""
+    """Why it cannot be read, if that is known beforehand."""
 
     def __str__(self) -> str:
         return shown(f"{self.path}/{self.inside}" if self.inside else self.path)
@@ -73,18 +79,20 @@ class File:
 
         StoreError if the object store is away or refuses: that is the fault of no file.
         """
+        self._refuse_fault()
         if self._is_object:
             return self._read_object()
         if self.member is None:
             return self._read_disk()
         check_size(self.member.size)
-        data = b"".join(_inflated(self.member, self._disk()))
-        if zlib.crc32(data) != self.member.crc:
-            raise OSError("its checksum in the zip disagrees")
-        return data
+        whole = io.BytesIO()  # which gives its bytes away without a copy, as joined pieces would not
+        for piece in _inflated(self.member, self._disk()):
+            whole.write(piece)
+        return whole.getvalue()
 
     def size(self) -> int:
         """Bytes, of an object as it was listed. OSError if there is no such file."""
+        self._refuse_fault()
         if self._is_object:
             if self.listed is None:
                 raise FileNotFoundError("the store has no such object")
@@ -93,16 +101,21 @@ class File:
 
     def crc(self) -> int:
         """CRC-32 of the bytes; a zip knows it without reading them. Raises as `read`."""
+        self._refuse_fault()
         return zlib.crc32(self.read()) if self.member is None else self.member.crc
+
+    def _refuse_fault(self) -> None:
+        if self.fault:
+            raise OSError(self.fault)
 
     @property
     def _is_object(self) -> bool:
-        return self.path.startswith(_S3)
+        return self.path.startswith(S3)
 
     def _read_object(self) -> bytes:
         check_size(self.size())
-        bucket, _, key = self.path.removeprefix(_S3).partition("/")
-        store = open_store(_S3 + bucket)
+        bucket, _, key = self.path.removeprefix(S3).partition("/")
+        store = open_store(S3 + bucket)
         try:
             store.url_for(key)
         except TesseraError as error:  # buckets may hold names, unprintable ones say, that our stores refuse
@@ -123,128 +136,59 @@ class File:
         return _unpacked(container) if container else self.path
 
 
-class Tree:
-    """A data set: a folder, where what zips hold counts as if they were unpacked, or what is below a URL of a store.
-
-    A store is listed once, at the start; all that is asked here afterwards costs no request.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = open_store(str(root)).url
-        self._zipped: dict[str, File] | None = None
-        self._broken: list[str] = []
-        self._objects: dict[str, File] | None = None
-        problem = ""
-        if self.root.startswith(_S3):
-            listing = open_store(self.root).list()
-            self._objects = {entry.key: File(f"{self.root}/{entry.key}", listed=entry.size) for entry in listing}
-            problem = "" if self._objects else "not found"
-        else:
-            with _telling(folder := Path(self.root)):
-                if not folder.is_dir():
-                    problem = "it is no folder" if folder.exists() else "not found"
-        if problem:
-            raise TesseraError(f"{self.root}: {problem} (expected the folder of a data set)")
-
-    def file(self, name: str) -> File | None:
-        """The file of this name relative to the root; what lies on disk comes before what lies in zips."""
-        if self._objects is not None:
-            return self._objects.get(name)
-        path = Path(self.root, name)
-        with _telling(path):
-            return File(str(path)) if path.is_file() else self._members().get(name)
-
-    def missing(self, name: str, *others: str, expected: str) -> TesseraError:
-        """The error for names of which none is there; tells of zips that were not, or could not be, looked into."""
-        nor = f", nor {' nor '.join(others)}" if others else ""
-        zips = [key for key in self._objects or () if key.endswith(".zip")]
-        packed = [f"{', '.join(zips[:3])} must be unpacked, zips are read from disks only"] if zips else []
-        told = "".join(f"; {text}" for text in (*self._broken, *packed))
-        return TesseraError(f"{self.root}/{name}: not found{nor} (expected {expected} under {self.root}){told}")
-
-    def folder(self, name: str) -> "Folder | None":
-        """A folder: on disk or the store, inside a zip at the root, or as `<name>.zip` in its place."""
-        path = f"{self.root}/{name}"
-        if self._objects is not None:
-            inside = _below(name, self._objects)
-            return Folder(path, inside) if inside else None
-        with _telling(there := Path(path)):
-            if there.is_dir():
-                found = there.rglob("*")
-                files = {p.relative_to(there).as_posix(): File(str(p)) for p in found if p.is_file()}
-                return Folder(str(there), files)
-        return self._zipped_folder(name)
-
-    def _zipped_folder(self, name: str) -> "Folder | None":
-        inside = _below(name, self._members())
-        if inside:
-            return Folder(str(Path(self.root, name)), inside)
-        archive = self.file(f"{name}.zip")
-        if archive is None:
-            return None
-        members = {member.inside.removeprefix(f"{archive.inside}/"): member for member in list_zip(archive)}
-        return Folder(str(archive), _below(Path(name).name, members) or members)
-
-    def _members(self) -> dict[str, File]:
-        """What the zips at the root hold, by name."""
-        if self._zipped is None:
-            self._zipped = {}
-            zips = sorted(Path(self.root).glob("*.zip"), reverse=True)  # of two of one name the first archive's wins
-            for path in zips:
-                try:
-                    self._zipped |= {member.inside: member for member in list_zip(File(str(path)))}
-                except TesseraError as error:  # perhaps one that nobody needs, half downloaded
-                    self._broken.append(str(error))
-        return self._zipped
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Files by their name relative to the folder, below it at any depth."""
-
-    path: str
-    files: dict[str, File]
-
-    def file(self, name: str) -> File:
-        """The file of this name; where there is none, one that cannot be read and says so."""
-        found = self.files.get(name) or self.files.get(PurePosixPath(name).as_posix())  # a//b is a/b, as on a disk
-        return found or File(f"{self.path}/{name}")
-
-
-@contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TesseraError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def leads_outside(name: str) -> bool:
-    """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
-
-
-def _below(name: str, files: dict[str, File]) -> dict[str, File]:
-    return {path.removeprefix(f"{name}/"): file for path, file in files.items() if path.startswith(f"{name}/")}
-
-
 def list_zip(archive: File) -> Iterator[File]:
-    """The files in a zip, which may itself lie in a zip. TesseraError if it is damaged, or packed otherwise."""
+    """The files in a zip, which may itself lie in a zip; a member that cannot be read says why. Of two of one name the
+    later one counts, as unzip has it.
+
+    Names are UTF-8, with or without the zip's flag for it, or else cp437. TesseraError for what is no zip or a damaged
+    one.
+    """
     try:
         window, container = _opened(archive)
         with window, zipfile.ZipFile(window) as opened:
             for info in opened.infolist():
-                if info.is_dir() or info.filename.startswith("__MACOSX/"):
+                name = _name(info)
+                if name.endswith("/") or name.startswith("__MACOSX/"):
                     continue
-                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                    raise TesseraError(f"{archive}: {info.filename} is encrypted or packed in a way other than deflate")
                 deflated = info.compress_type == zipfile.ZIP_DEFLATED
                 start, sizes = window.start + info.header_offset, (info.compress_size, info.file_size)
                 member = Member(start, *sizes, info.CRC, deflated, container)
-                yield File(archive.path, member, f"{archive.inside}/{info.filename}".lstrip("/"))
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+                inside = f"{archive.inside}/{PurePosixPath(name.lstrip('/'))}".lstrip("/")
+                yield File(archive.path, member, inside, fault=_fault(info))
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
         raise TesseraError(f"{archive}: not a readable zip ({error})") from error
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    name = info.orig_filename
+    if not name.isascii() and not info.flag_bits & _UTF8:  # then zipfile takes it for cp437, which few packers write
+        written = name.encode("cp437")
+        for data in (*_unicode_paths(info.extra, written), written):
+            with suppress(UnicodeDecodeError):
+                name = data.decode()
+                break
+    return name if "/" in name else name.replace("\\", "/")  # which .NET wrote for years
+
+
+def _unicode_paths(extra: bytes, written: bytes) -> Iterator[bytes]:
+    """The name in UTF-8 that Info-ZIP puts beside one that is not, if it was made for that one."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        body, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and body[:1] == b"\1" and body[1:5] == zlib.crc32(written).to_bytes(4, "little"):
+            yield body[5:]
+
+
+def _fault(info: zipfile.ZipInfo) -> str:
+    if info.flag_bits & 1:
+        return "it is encrypted in the zip"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "it is packed in the zip in a way other than deflate"
+    if info.volume:
+        return "it lies in another part of a zip in parts; join those to one"
+    if info.file_size > max(_SMALL, _MOST_INFLATED * info.compress_size) and info.compress_type:
+        return f"it would inflate from {info.compress_size} bytes to {info.file_size}, as only a zip bomb does"
+    return ""
 
 
 def _opened(archive: File) -> tuple["_Window", File | None]:
@@ -260,23 +204,27 @@ def _opened(archive: File) -> tuple["_Window", File | None]:
 
 
 def _inflated(member: Member, disk: str) -> Iterator[bytes]:
-    """The bytes of a member in pieces. OSError if they are damaged or more than the zip's directory says."""
-    inflate, left, given = zlib.decompressobj(-zlib.MAX_WBITS), member.stored, 0
+    """The bytes of a member in pieces of at most _CHUNK. OSError if they are not what the zip's directory says."""
+    inflate, left, given, crc = zlib.decompressobj(-zlib.MAX_WBITS), member.stored, 0, 0
     try:
         with open_regular(disk) as stream:
             _seek_data(member, stream)
-            while left:
-                packed = stream.read(min(left, _CHUNK))
+            while not inflate.eof if member.deflated else left:
+                packed = inflate.unconsumed_tail
                 if not packed:
+                    packed = stream.read(min(left, _CHUNK))
+                    left -= len(packed)
+                piece = inflate.decompress(packed, _CHUNK) if member.deflated else packed
+                if not packed and not piece:
                     raise OSError("the zip ends too early")
-                left -= len(packed)
-                piece = inflate.decompress(packed, member.size - given + 1) if member.deflated else packed
-                given += len(piece)
-                if given > member.size or inflate.unconsumed_tail:
+                given, crc = given + len(piece), zlib.crc32(piece, crc)
+                if given > member.size:
                     raise OSError("it is longer than the zip says")
                 yield piece
     except zlib.error as error:
         raise OSError(f"damaged in the zip ({error})") from error
+    if given < member.size or crc != member.crc:
+        raise OSError("its checksum in the zip disagrees")
 
 
 def _seek_data(member: Member, stream: BinaryIO) -> int:
@@ -297,20 +245,15 @@ def _unpacked(archive: File) -> str:
     member = archive.member
     assert member is not None
     folder = Path(os.environ.get("TESSERA_CACHE") or Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}")
-    if member.size > max(_SMALL, _MOST_INFLATED * member.stored):
-        raise OSError(f"it would inflate from {member.stored} bytes to {member.size}, as only a zip bomb does")
+    archive._refuse_fault()
     target = folder / f"{member.crc:08x}-{member.size}-{Path(archive.inside).name}"
     if target.exists():
         return str(target)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    crc = 0
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as made:
         try:
             for piece in _inflated(member, archive._disk()):
-                crc = zlib.crc32(piece, crc)
                 made.write(piece)
-            if crc != member.crc:
-                raise OSError("its checksum in the zip disagrees")
             Path(made.name).rename(target)
         except BaseException:
             Path(made.name).unlink()
@@ -340,7 +283,9 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
         self._stream.seek(self.start + self._at)
         count = min(len(buffer), max(0, self._size - self._at))
-        data = self._stream.read(count)
+        data = bytearray(self._stream.read(count))
+        if data.startswith(_DIRECTORY):
+            _make_decodable(data)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -348,3 +293,15 @@ class _Window(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
+
+
+def _make_decodable(directory: bytearray) -> None:
+    """In a zip's directory, let no name that is no UTF-8 say that it is: zipfile would refuse the whole zip."""
+    at = 0
+    while directory.startswith(_DIRECTORY, at) and at + 46 <= len(directory):
+        name, *others = struct.unpack_from("<3H", directory, at + 28)
+        try:
+            directory[at + 46 : at + 46 + name].decode()
+        except UnicodeDecodeError:
+            directory[at + 9] &= ~(_UTF8 >> 8)
+        at += 46 + name + sum(others)

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.files import File, Folder, Tree
+from preprocessing.files import File
 from preprocessing.kernels import relabel
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.png import read_gray, read_rgb
 from preprocessing.source import Defect, Index, Record, Rejected, TooManyBad, read_file, without_repeats
+from preprocessing.tree import Folder, Tree
 
 T = TypeVar("T", bound=np.generic)
 Reading = Callable[[bytes], NDArray[Any]]
@@ -30,11 +31,10 @@ _BLOCK = 1 << 20
 def find_folder(tree: Tree, names: Iterable[str], layout: str) -> Folder:
     """The first of these folders that is there. TesseraError if none is."""
     tried = list(names)
-    for name in tried:
-        found = tree.folder(name)
-        if found is not None:
-            return found
-    raise tree.missing(*tried, expected=layout)
+    found = tree.folder(*tried)
+    if found is None:
+        raise tree.missing(*tried, expected=layout)
+    return found
 
 
 def make_index(labels: LabelTable, found: Iterable[Record], rejected: Iterable[Rejected], where: str) -> Index:

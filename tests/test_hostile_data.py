@@ -18,12 +18,13 @@ from evaluation import plots
 from evaluation.report import page
 from infra.errors import TesseraError
 from infra.store import open_store
-from preprocessing.files import File, Tree
+from preprocessing.files import File
 from preprocessing.inbox import Decision, refuse_links, uploads
 from preprocessing.labels import LabelTable
 from preprocessing.layouts import read_index
 from preprocessing.shards import ShardConfig
 from preprocessing.source import read_sample
+from preprocessing.tree import Tree
 from tests.support.coco_folder import CocoFolder
 from tests.support.hostile import Act, Cases, write_coco
 from tests.support.odd_images import bomb, encoded, scene

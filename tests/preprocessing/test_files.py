@@ -13,9 +13,10 @@ from infra import opening
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.coco import read_index
-from preprocessing.files import File, Tree, list_zip
+from preprocessing.files import File, list_zip
 from preprocessing.shards import ShardConfig, plan
 from preprocessing.source import BadSample, read_sample
+from preprocessing.tree import Tree
 from tests.support.coco_folder import CocoFolder
 from tests.support.shard_sets import make_set
 
@@ -152,12 +153,19 @@ def test_a_member_of_more_than_memory_is_refused_before_it_is_read(tmp_path: Pat
         large.read()
 
 
-def test_other_packing_is_named(tmp_path: Path):
+def test_a_member_that_cannot_be_read_is_alone_at_fault(tmp_path: Path):
     path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("b/c.png", b"data")
-    with pytest.raises(TesseraError, match=r"b/c\.png is encrypted or packed"):
-        list(list_zip(File(str(path))))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("b/c.png", b"data", zipfile.ZIP_LZMA)
+        archive.writestr("locked", b"data")
+        archive.writestr("sound", b"data")
+        archive.infolist()[1].flag_bits |= 1
+    files = {file.inside: file for file in list_zip(File(str(path)))}
+    assert files["sound"].read() == b"data"
+    for name, why in (("b/c.png", "other than deflate"), ("locked", "encrypted")):
+        for ask in (files[name].read, files[name].size, files[name].crc):
+            with pytest.raises(OSError, match=why):
+                ask()
 
 
 def test_names_that_lead_outside_are_only_names(tmp_path: Path):

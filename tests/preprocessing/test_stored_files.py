@@ -17,10 +17,11 @@ from infra.errors import StoreError, TesseraError
 from infra.s3_store import S3Store
 from infra.seaweed import S3Server, seaweed
 from infra.store import Store, open_store
-from preprocessing.files import File, Tree
+from preprocessing.files import File
 from preprocessing.layouts import read_index
 from preprocessing.shards import Shard, ShardConfig, compute_shard, plan
 from preprocessing.source import BadSample, Index, read_sample
+from preprocessing.tree import Tree
 from tests.preprocessing import test_ade20k, test_cityscapes, test_instances
 from tests.support.coco_folder import CocoFolder, cut
 

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from evaluation.pq import PQStats, ious, joint_labels, match, summarise, tally
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
-from preprocessing.files import File
+from preprocessing.files import File, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
-from preprocessing.tree import leads_outside
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 import os
 import stat
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 MOST_BYTES = 1024
 """Of a name below the folder that the walk began in: what S3 takes for a key. What lies deeper is told, not entered."""
+MOST_OFTEN = 16
+"""Names under which one folder is listed: a few folders full of links to each other have more than can be listed."""
 _Place = tuple[int, int]
 _Chain = tuple[_Place, "_Chain"] | None
 
@@ -27,13 +30,15 @@ class Found:
 def walk(folder: Path, follows: Callable[[str], bool] = lambda name: True) -> Iterator[Found]:
     """The files below a folder, none if there is no such folder; files may come and go meanwhile.
 
-    follows: whether a link of this name is followed; else it is a fault. Links to a folder around them are passed over,
-    and so are pipes and devices, at which a reader would wait for ever. What cannot be read or lies too deep is a
-    fault. The time is linear in the entries, for any depth. Raises nothing of OSError.
+    Near ones come first. follows: whether a link of this name is followed; else it is a fault. Links to a folder around
+    them are passed over, and so are pipes and devices, at which a reader would wait for ever. What cannot be read or
+    lies too deep is a fault, and so is a folder that links lead to again and again. The time is linear in the entries.
+    Raises nothing of OSError.
     """
-    todo: list[tuple[str, _Chain]] = [("", None)]
+    todo: deque[tuple[str, _Chain]] = deque([("", None)])
+    often: Counter[_Place] = Counter()
     while todo:
-        name, above = todo.pop()
+        name, above = todo.popleft()
         try:
             here = Path(folder, name).stat()
             with os.scandir(folder / name) as listed:
@@ -45,6 +50,10 @@ def walk(folder: Path, follows: Callable[[str], bool] = lambda name: True) -> It
             continue
         place = here.st_dev, here.st_ino
         if _among(place, above):
+            continue
+        often[place] += 1
+        if often[place] > MOST_OFTEN:
+            yield Found(name, fault=f"links lead to this folder under more than {MOST_OFTEN} names")
             continue
         for entry in entries:
             found = _found(entry, f"{name}/{entry.name}" if name else entry.name, follows)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from infra.errors import TesseraError
 from preprocessing import rgb_ids
-from preprocessing.files import File
+from preprocessing.files import File, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
@@ -30,7 +30,7 @@ from preprocessing.source import (
     read_file,
     without_repeats,
 )
-from preprocessing.tree import Folder, Tree, leads_outside
+from preprocessing.tree import Folder, Tree
 
 _PNG = ".png"
 """What the name of a PNG ends with in the annotations; in some exports it is the image's."""

@@ -136,6 +136,12 @@ class File:
         return _unpacked(container) if container else self.path
 
 
+def leads_outside(name: str) -> bool:
+    """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
+
+
 def list_zip(archive: File) -> Iterator[File]:
     """The files in a zip, which may itself lie in a zip; a member that cannot be read says why. Of two of one name the
     later one counts, as unzip has it.

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from infra.errors import TesseraError
 from preprocessing import rle
-from preprocessing.files import File
+from preprocessing.files import File, leads_outside
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.paired import GRAY, find_folder, make_index, read_png, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.source import BadSample, Defect, Index, Record, Rejected, known_id
-from preprocessing.tree import Folder, Tree, leads_outside
+from preprocessing.tree import Folder, Tree
 
 _LAYOUT = "a detection JSON with semantic PNGs"
 _VOID = 255

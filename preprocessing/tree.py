@@ -12,15 +12,13 @@ from typing import TypeVar
 
 from infra.errors import TesseraError
 from infra.store import open_store
-from infra.walk import walk
+from infra.walking import walk
 from preprocessing.files import S3, File, list_zip
 
 _HINTS = 3
 """Of what is near to a missing name, so many are named."""
 _COMPARED = 1000
 """Names beside it that are compared with it."""
-_DEPTH = 3
-"""Folders in folders that are looked into for it."""
 _SEEN = 300_000
 """Names that are looked at, at most: somebody may ask for /."""
 Found = TypeVar("Found")
@@ -94,8 +92,9 @@ class Tree:
             return Folder(path, inside) if inside else None
         with _telling(there := Path(path)):
             if there.is_dir():
-                untold: list[str] = []
-                return Folder(path, {key: File(item.path) for key, item in walk(there, untold)}, tuple(untold))
+                found = [*walk(there)]
+                faults = tuple(f"{path}/{each.name} cannot be listed ({each.fault})" for each in found if each.fault)
+                return Folder(path, {each.name: File(f"{path}/{each.name}") for each in found if each.status}, faults)
         inside = _below(name, self._members)
         if inside:
             return Folder(path, inside)
@@ -153,12 +152,11 @@ class Tree:
 
     @cached_property
     def _places(self) -> list[str]:
-        """Files and folders of the set by name, on disk no deeper than a few folders."""
+        """Files and folders of the set by name; of very many on disk the nearest ones."""
         if self._objects is not None:
             files: Iterable[str] = self._objects
         else:
-            below = islice(walk(self.root, self._broken, _DEPTH, folders=True), _SEEN)
-            files = {*self._members, *(name for name, _ in below)}
+            files = {*self._members, *(each.name for each in islice(walk(Path(self.root)), _SEEN) if each.status)}
         found = {*files}
         for name in files:
             while (name := name.rpartition("/")[0]) and name not in found:
@@ -185,7 +183,7 @@ class Folder:
 
     path: str
     files: dict[str, File]
-    untold: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
     """What in it could not be listed, and why: a sentence each."""
 
     def file(self, name: str, suffix: str = "") -> File:
@@ -212,7 +210,7 @@ class Folder:
         near = self._by_stem.get(_stem(name), [])
         if near:
             return f"there is none, but there is {', '.join(near[:_HINTS])}"
-        return f"there is none; {self.untold[0]}" if self.untold else ""
+        return f"there is none; {self.faults[0]}" if self.faults else ""
 
     @cached_property
     def _by_form(self) -> dict[str, File]:
@@ -262,12 +260,6 @@ def _telling(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TesseraError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def leads_outside(name: str) -> bool:
-    """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
 
 
 def _below(name: str, files: dict[str, File]) -> dict[str, File]:

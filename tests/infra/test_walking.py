@@ -84,3 +84,16 @@ def test_links_are_followed_but_not_round_and_not_where_the_listing_is_closed(tm
     told = ["set/nowhere", "set/round", "set/train"]
     assert store.look(closed="set/").faults == tuple((key, "a link, expected the file itself") for key in told)
     assert [key for key, _ in store.look("set/", closed="set/").faults] == told
+
+
+def test_folders_full_of_links_to_each_other_are_listed_a_few_times_each(tmp_path: Path):
+    names = [f"{number:02}" for number in range(12)]  # 12! ways through them
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        for other in names:
+            (tmp_path / name / f"to {other}").symlink_to(tmp_path / other)
+    found = [*walking.walk(tmp_path)]
+    assert {f"{name}/file" for name in names} <= {each.name for each in found if each.status}
+    assert {each.fault for each in found if each.fault} == {"links lead to this folder under more than 16 names"}
+    assert len(found) < 5000

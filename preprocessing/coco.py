@@ -35,6 +35,7 @@ from preprocessing.tree import Folder, Tree
 _PNG = ".png"
 """What the name of a PNG ends with in the annotations; in some exports it is the image's."""
 
+
 @dataclass(frozen=True)
 class CocoRecord(Record):
     """A sample in COCO's layout, with its own rows of the annotation JSON."""

@@ -3,8 +3,12 @@
 import io
 import os
 import shutil
+import struct
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +170,158 @@ def test_a_member_that_cannot_be_read_is_alone_at_fault(tmp_path: Path):
         for ask in (files[name].read, files[name].size, files[name].crc):
             with pytest.raises(OSError, match=why):
                 ask()
+
+
+def patched(data: bytes, *changes: tuple[bytes, bytes]) -> bytes:
+    """A zip with other bytes of the same number in place of some, in headers and directory."""
+    for old, new in changes:
+        assert len(old) == len(new)
+        assert old in data
+        data = data.replace(old, new)
+    return data
+
+
+def packed(*members: tuple[str | zipfile.ZipInfo, bytes], method: int = DEFLATED) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", method) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return made.getvalue()
+
+
+def listed(path: Path, data: bytes) -> dict[str, bytes]:
+    path.write_bytes(data)
+    return {file.inside: file.read() for file in list_zip(File(str(path)))}
+
+
+def with_extra(name: str, extra: bytes) -> zipfile.ZipInfo:
+    made = zipfile.ZipInfo(name)
+    made.extra = extra
+    return made
+
+
+def unicode_path(name: bytes, of: bytes) -> bytes:
+    """Info-ZIP's extra field."""
+    body = b"\1" + zlib.crc32(of).to_bytes(4, "little") + name
+    return struct.pack("<HH", 0x7075, len(body)) + body
+
+
+UMLAUT = "G\u00f6rlitz.png"
+NAMES = {
+    "UTF-8 that says so": (packed((UMLAUT, b"1")), UMLAUT),
+    "UTF-8 that does not": (patched(packed(("Gxxrlitz.png", b"1")), (b"Gxxrlitz", UMLAUT[:7].encode())), UMLAUT),
+    "cp437": (patched(packed(("Gxrlitz.png", b"1")), (b"Gxrlitz", b"G\x94rlitz")), UMLAUT),
+    "no UTF-8 that says it is": (patched(packed((UMLAUT, b"1")), (UMLAUT.encode(), b"G\xff\xferlitz.png"[:13])), None),
+    "with the name in UTF-8 beside": (
+        patched(
+            packed((with_extra("Gxrlitz.png", unicode_path(UMLAUT.encode(), b"G\xf6rlitz.png")), b"1")),
+            (b"Gxrlitz", b"G\xf6rlitz"),
+        ),
+        UMLAUT,
+    ),
+    "with another's name beside": (
+        patched(
+            packed((with_extra("Gxrlitz.png", unicode_path(b"other.png", b"another's name")), b"1")),
+            (b"Gxrlitz", b"G\x94rlitz"),
+        ),
+        UMLAUT,
+    ),
+    "with a damaged name beside": (
+        patched(
+            packed((with_extra("Gxrlitz.png", unicode_path(b"G\xff", b"G\x94rlitz.png")), b"1")),
+            (b"Gxrlitz", b"G\x94rlitz"),
+        ),
+        UMLAUT,
+    ),
+    "absolute": (packed(("/a/b.png", b"1")), "a/b.png"),
+    "from here": (packed(("./a//b.png", b"1")), "a/b.png"),
+    "of Windows": (packed(("a\\b.png", b"1")), "a/b.png"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_member_has_the_name_that_its_packer_meant(tmp_path: Path, name: str):
+    data, meant = NAMES[name]
+    found = listed(tmp_path / "a.zip", data)
+    assert [*found.values()] == [b"1"]
+    assert meant in (None, *found)
+
+
+def test_a_name_that_nobody_can_read_is_in_no_others_way(tmp_path: Path):
+    data = packed((UMLAUT, b"1"), ("sound.png", b"2"), ("\u00e9.png", b"3"))
+    found = listed(tmp_path / "a.zip", patched(data, (UMLAUT.encode(), b"G\xff\xfarlitz.png")))
+    assert [*found.values()] == [b"1", b"2", b"3"]
+    assert {"sound.png", "\u00e9.png"} < found.keys()
+
+
+def test_of_two_members_of_one_name_the_later_one_counts(tmp_path: Path):
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        data = packed(("a", b"old"), ("A", b"another"), ("a", b"new"))
+    assert listed(tmp_path / "a.zip", data) == {"a": b"new", "A": b"another"}
+
+
+def test_members_of_a_zip_in_parts_are_at_fault(tmp_path: Path):
+    data = bytearray(packed(("elsewhere", b"1"), ("here", b"2")))
+    data[data.index(b"PK\1\2") + 34] = 1  # the number of its part
+    (tmp_path / "a.zip").write_bytes(data)
+    files = {file.inside: file for file in list_zip(File(str(tmp_path / "a.zip")))}
+    assert files["here"].read() == b"2"
+    with pytest.raises(OSError, match="another part of a zip in parts"):
+        files["elsewhere"].read()
+
+
+def test_members_whose_length_was_not_known_are_read(tmp_path: Path):
+    """As of a zip that was written to a pipe (data descriptors), and with the sizes of more than 4 GiB."""
+
+    class Pipe(io.RawIOBase):
+        data = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, piece: Any) -> int:
+            self.data += bytes(piece)
+            return len(piece)
+
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w", DEFLATED) as archive, archive.open("a", "w", force_zip64=True) as member:
+        member.write(b"data" * 1000)
+    assert listed(tmp_path / "a.zip", pipe.data) == {"a": b"data" * 1000}
+
+
+@pytest.mark.parametrize(("zeros", "refused"), [(16 << 20, False), ((16 << 20) + 1, True)])
+def test_a_file_that_inflates_as_only_a_bomb_does_is_refused(tmp_path: Path, zeros: int, refused: bool):
+    """A JSON, too: a thousand times its packed size would be as many objects in memory."""
+    (tmp_path / "a.zip").write_bytes(packed(("annotations/panoptic_val.json", bytes(zeros))))
+    (bomb,) = list_zip(File(str(tmp_path / "a.zip")))
+    if not refused:
+        assert bomb.read() == bytes(zeros)
+        return
+    for ask in (bomb.read, bomb.size, bomb.crc):
+        with pytest.raises(OSError, match=rf"from \d+ bytes to {zeros}, as only a zip bomb does"):
+            ask()
+
+
+def test_a_file_from_a_zip_is_held_once(tmp_path: Path):
+    data = np.random.default_rng(0).integers(0, 4, 8 << 20, np.uint8).tobytes()  # two bits of eight
+    (tmp_path / "a.zip").write_bytes(packed(("a", data)))
+    del data
+    (file,) = list_zip(File(str(tmp_path / "a.zip")))
+    tracemalloc.start()
+    try:
+        assert len(file.read()) == 8 << 20
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * (8 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_for_a_zip_is_passed_over(coco: CocoFolder):
+    os.mkfifo(coco.root / "train2017.zip")
+    os.mkfifo(coco.root / "other.zip")
+    assert coco.index().rejected == ()
+    coco.json.unlink()
+    with pytest.raises(TesseraError, match=r"other\.zip: not a readable zip \(it is no regular file\)"):
+        coco.index()
 
 
 def test_names_that_lead_outside_are_only_names(tmp_path: Path):

@@ -7,8 +7,8 @@ no champion, round or grid refers. Weights and manifests of finished runs, sets,
 synthetic sets and all that Tessera does not know always stay. So do sets that nothing refers to: they are small, a run
 reads its labels from one, and that a set is the val set of a run only its reports say.
 
-An entry of an upload that cannot be listed is told and in nobody's way; elsewhere it ends the command, as does a time in
-the future, by which nothing's age could be told.
+An entry of an upload that cannot be listed is told and in nobody's way; elsewhere it ends the command, and so does a
+time in the future, by which nothing's age could be told.
 
 Looking costs one listing of the store and one read for each manifest, plan, champion and name, 16 at a time; no other
 object is opened. 200 of them among 5000 objects took 2 to 6 s on a SeaweedFS beside it, two cores shared with much

@@ -68,6 +68,15 @@ class Mark:
                 raise _implausible(self.store, entry, f"{ahead:.0f} s after this moment")
 
 
+def store_time(store: Store) -> datetime:
+    """The time by the store's own clock: that of an object that is written for it."""
+    mark = Mark(store, f"{_SURVEY}{uuid.uuid4().hex}.json", b"")
+    try:
+        return mark.now()
+    finally:
+        store.delete(mark.key)
+
+
 @contextmanager
 def in_use(store: Store, *prefixes: str) -> Iterator[None]:
     """Keep retention from all keys that start so, until the way out. Waits for a retention that is at work."""

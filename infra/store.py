@@ -13,7 +13,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -51,6 +51,8 @@ class Entry:
     key: str
     size: int
     modified: datetime
+    arrived: datetime | None = field(default=None, compare=False)
+    """Since when it has been what it is, of a folder, where tools set `modified` to what they like; else None."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ class FolderStore(Store):
 
 
 def _entry(key: str, status: os.stat_result) -> Entry:
-    return Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+    modified, arrived = (datetime.fromtimestamp(seconds, UTC) for seconds in (status.st_mtime, status.st_ctime))
+    return Entry(key, status.st_size, modified, arrived)
 
 
 @contextmanager

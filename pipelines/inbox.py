@@ -15,8 +15,6 @@ from infra.text import shown
 from pipelines.jobs import StoredJob
 from preprocessing.inbox import decisions, uploads, withdraw
 
-_WAITS, _NOT_WHOLE = "waits for the next round", "is not whole yet: no _SUCCESS, or it is older than the rest"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
@@ -34,12 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     for upload in found:
-        state = (
-            "waits for the next round" if upload.whole else "not whole yet: no _SUCCESS, or it is older than the rest"
-        )
         decision = known.get(upload.title)
-        told = f"{shown(upload.name)} {state}" if decision is None else decision.brief(store.url)
+        told = f"{shown(upload.name)} {upload.waits or 'waits for the next round'}"
+        told = told if decision is None else decision.brief(store.url)
         sys.stdout.write(f"{told} ({upload.objects} objects, {upload.bytes / 1e6:.1f} MB)\n")
+        sys.stdout.writelines(f"  {shown(key)}: {why}\n" for key, why in upload.faults)
     if not found:
         sys.stdout.write(f"{store.url}: the inbox is empty\n")
     return 0

@@ -1,6 +1,7 @@
 """The flow retrain: what came into the inbox -> shards -> a challenger -> a new champion, or not."""
 
 import logging
+import time
 from typing import Any
 
 from prefect import flow
@@ -25,7 +26,7 @@ from pipelines.progress import TrainProgress
 from pipelines.retrain_job import Line, Retrain, decoded, read_line
 from pipelines.steps import step
 from preprocessing import shards
-from preprocessing.inbox import Decision, Upload, decisions, uploads
+from preprocessing.inbox import SETTLED, Decision, Upload, decisions, uploads
 from preprocessing.ray_inbox import take_in
 from preprocessing.shards import ShardSet, join, read_set
 from training.ray_train import run_training
@@ -79,14 +80,19 @@ def look(job: Retrain, line: Line) -> list[Upload]:
     """The uploads that are whole and not decided on."""
     store = open_store(job.storage)
     known, found = decisions(store, line.champion.line), uploads(store)
+    settling = [shown(upload.name) for upload in found if upload.settles and upload.title not in known]
+    if settling:
+        seconds = SETTLED.total_seconds() + 1  # the store's times may have whole seconds
+        log.info("waiting %.0f s for what has just changed: %s", seconds, ", ".join(settling))
+        time.sleep(seconds)
+        found = uploads(store)
     waiting = [upload for upload in found if upload.whole and upload.title not in known]
-    unfinished = [shown(upload.name) for upload in found if not upload.whole]
     log.info("inbox: %d uploads, %d of them new", len(found), len(waiting))
-    if unfinished:
-        log.info(
-            "left alone, since they are not whole yet (no _SUCCESS, or it is older than the rest): %s",
-            ", ".join(unfinished),
-        )
+    for upload in found:
+        if upload.waits:
+            log.info("left alone: %s, %s", shown(upload.name), upload.waits)
+        for key, why in upload.faults if upload.title not in known else ():
+            log.warning("upload %s: %s: %s", shown(upload.name), shown(key), why)
     return waiting
 
 

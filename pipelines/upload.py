@@ -19,7 +19,10 @@ import httpx
 from infra import artifacts
 from infra.copying import WHOLE, copy_files
 from infra.errors import TesseraError
+from infra.opening import read_regular
 from infra.store import Store, open_store
+from infra.text import shown
+from infra.walking import walk
 from pipelines.jobs import StoredJob
 from preprocessing.inbox import INBOX
 from preprocessing.layouts import LAYOUTS, read_index
@@ -32,8 +35,8 @@ log = logging.getLogger("tessera.upload")
 def upload(folder: Path, store: Store, name: str) -> int:
     """Copy all files below a folder into the inbox, those that are not there yet; `_SUCCESS` last. Gives their number.
 
-    Links are followed. What is there as a whole stays as it is. TesseraError for a name that is none, or that other
-    files have, and for zips: on a store nothing looks into them.
+    What is hidden (.env, .git/) is left out, with a warning. TesseraError for links, which may lead to anything; for a
+    name that is none, or that other files have; and for zips: on a store nothing looks into them.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise TesseraError(f"{name!r} is no name for an upload: letters, digits, dots and dashes; give one with --name")
@@ -41,28 +44,31 @@ def upload(folder: Path, store: Store, name: str) -> int:
     if zips := [key for key in files if key.endswith(".zip")]:
         raise TesseraError(f"{folder / zips[0]}: unpack it first; zips are read from disks only")
     _claim(store, place, files)
-    if store.exists(f"{place}/{WHOLE}"):
-        log.info("%s: all of it is there already", store.url_for(place))
-        return len(files)
     copy_files(files, store, place)
     return len(files)
 
 
 def _files(folder: Path) -> dict[str, Path]:
     """By key below the upload. An own `_SUCCESS` is left out: it would call half an upload whole."""
-    found = dict[str, Path]()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to(Path(root, name).resolve())]  # no way round
-        paths = (Path(root, name) for name in names)
-        found |= {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    return {key: found[key] for key in sorted(found) if key not in (WHOLE, CLAIM)}
+    names, hidden = list[str](), list[str]()
+    for found in walk(folder, lambda name: False):
+        if any(part.startswith(".") for part in found.name.split("/")):
+            hidden.append(found.name)
+        elif found.status is None:
+            remedy = "; `cp -rL` makes a copy without links" if Path(folder, found.name).is_symlink() else ""
+            raise TesseraError(f"{folder / found.name}: {found.fault}{remedy}")
+        else:
+            names.append(found.name)
+    if hidden:
+        told = "%s: left out, since they are hidden: %d files, the first is %s"
+        log.warning(told, shown(str(folder)), len(hidden), shown(min(hidden)))
+    return {name: folder / name for name in sorted(names) if name != WHOLE}
 
 
 def _claim(store: Store, place: str, files: dict[str, Path]) -> None:
     """Take the name for just these files, so that only the same upload goes on where it was killed."""
     with ThreadPoolExecutor(8) as pool:
-        sums = [*pool.map(lambda path: zlib.crc32(path.read_bytes()), files.values())]
+        sums = [*pool.map(lambda path: zlib.crc32(read_regular(path, links=False)), files.values())]
     claim = artifacts.digest([*zip(files, sums, strict=True)]).encode()
     if not store.create(f"{place}/{CLAIM}", claim) and store.read(f"{place}/{CLAIM}") != claim:
         raise TesseraError(f"{store.url_for(place)}: taken by another upload; choose another --name")

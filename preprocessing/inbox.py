@@ -1,10 +1,11 @@
 """The inbox: data sets put under `inbox/<upload>/` of the store, and what became of each.
 
-An upload is a folder in any layout. `_SUCCESS` in it, written last, says that it is whole: until then, or when anything
-is younger than it, it is left alone. What became of it is `uploads/<line>/<upload>-<version>.json`, created once; its
-objects stay where they are, and change nothing once they are decided on. When an upload is mended and its `_SUCCESS`
-written again, it is another version and looked at anew. A line of champions decides for itself: it has its own
-categories, grid and val images.
+An upload is a folder in any layout. `_SUCCESS` in it says that it is whole; it is left alone until that is there, while
+anything is younger than it, and until nothing has changed for a minute, since some tools copy `_SUCCESS` before the
+images (or until all is there that our own `_SUCCESS` counts). What became of it is
+`uploads/<line>/<upload>-<version>.json`, created once; its objects stay where they are, and change nothing once they
+are decided on. When an upload is mended and its `_SUCCESS` written again, it is another version and looked at anew. A
+line of champions decides for itself: it has its own categories, grid and val images.
 """
 
 import json
@@ -13,13 +14,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from infra import artifacts
-from infra.copying import WHOLE
-from infra.errors import TesseraError
+from infra.copying import WHOLE, counted
+from infra.errors import StoreError, TesseraError
+from infra.in_use import store_time
 from infra.store import Entry, Store
 from infra.text import shown
 from preprocessing.labels import LabelTable
@@ -27,6 +28,8 @@ from preprocessing.source import Index, Rejected
 from preprocessing.validate import Findings, examine_index, to_html
 
 INBOX, DECISIONS, QUARANTINE = "inbox", "uploads", "quarantine"
+SETTLED = timedelta(minutes=1)
+"""In an upload nothing may have changed for so long, by the store's clock."""
 log = logging.getLogger("tessera.inbox")
 
 
@@ -45,8 +48,17 @@ class Upload:
     """Changes with any of its objects."""
     objects: int
     bytes: int
-    whole: bool
-    """Whether all of it is there."""
+    waits: str = ""
+    """Why it is left alone for now."""
+    settles: bool = False
+    """Whether it is, only because something in it has just changed."""
+    faults: tuple[tuple[str, str], ...] = ()
+    """(key, why) of what cannot be listed."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is there."""
+        return not self.waits
 
     @property
     def folder(self) -> str:
@@ -98,23 +110,52 @@ class Decision:
 
 
 def uploads(store: Store) -> tuple[Upload, ...]:
-    """All that lies in the inbox, by name; objects that are in no upload's folder are told in the log."""
-    folders: dict[str, list[Entry]] = {}
-    for entry in store.list(f"{INBOX}/"):
+    """All that lies in the inbox, by name; objects that are in no upload's folder are told in the log.
+
+    What cannot be listed is a fault of its upload. Raises StoreError where that is the inbox itself.
+    """
+    listing = store.look(f"{INBOX}/", closed=f"{INBOX}/")
+    folders, faults = dict[str, list[Entry]](), dict[str, list[tuple[str, str]]]()
+    for entry in listing.entries:
         name, inside, _ = entry.key.removeprefix(f"{INBOX}/").partition("/")
         if not inside:
             told = "%s/%s: expected %s/<upload>/..., a folder for each upload"
             log.warning(told, store.url, shown(entry.key), INBOX)
             continue
         folders.setdefault(name, []).append(entry)
-    return tuple(_upload(name, entries) for name, entries in sorted(folders.items()))
+    for key, why in listing.faults:
+        if key == INBOX:
+            raise StoreError(f"cannot list {store.url}/{key}: {why}")
+        faults.setdefault(key.split("/")[1], []).append((key, why))
+    marked = any(entry.key == f"{INBOX}/{name}/{WHOLE}" for name, entries in folders.items() for entry in entries)
+    now = store_time(store) if marked else None
+    names = sorted({*folders, *faults})
+    return tuple(_upload(store, name, folders.get(name, []), faults.get(name, []), now) for name in names)
 
 
-def _upload(name: str, entries: Sequence[Entry]) -> Upload:
-    facts = [(entry.key, entry.size, entry.modified.isoformat()) for entry in entries]
-    newest = max(entry.modified for entry in entries)
-    whole = any(entry.key == f"{INBOX}/{name}/{WHOLE}" and entry.modified >= newest for entry in entries)
-    return Upload(name, artifacts.digest(facts), len(entries), sum(entry.size for entry in entries), whole)
+def _upload(
+    store: Store, name: str, entries: Sequence[Entry], faults: Sequence[tuple[str, str]], now: datetime | None
+) -> Upload:
+    facts: list[Any] = [(entry.key, entry.size, entry.modified.isoformat()) for entry in entries]
+    version = artifacts.digest([*facts, *faults])
+    waits, settles = _waits(store, name, entries, now), False
+    if not waits and now is not None:
+        newest = max(entry.arrived or entry.modified for entry in entries)
+        settles = now - newest < SETTLED and not counted(store, f"{INBOX}/{name}", entries)
+        waits = f"something in it has changed within the last {SETTLED.seconds} s" if settles else ""
+    size = sum(entry.size for entry in entries)
+    return Upload(name, version, len(entries), size, waits, settles, tuple(faults))
+
+
+def _waits(store: Store, name: str, entries: Sequence[Entry], now: datetime | None) -> str:
+    """Why an upload is not whole, whatever the time."""
+    mark = next((entry for entry in entries if entry.key == f"{INBOX}/{name}/{WHOLE}"), None)
+    if mark is None or now is None:
+        return f"not whole yet: no {WHOLE}"
+    newest = max(entries, key=lambda entry: entry.modified)
+    if newest.modified > mark.modified:
+        return f"not whole yet: {shown(newest.key)} is younger than its {WHOLE}, write that again"
+    return ""
 
 
 def decisions(store: Store, line: str) -> dict[str, Decision]:
@@ -155,14 +196,13 @@ def withdraw(store: Store, line: str, name: str) -> list[Decision]:
     return [*taken.values()]
 
 
-def refuse_links(store: Store, upload: Upload) -> None:
-    """TesseraError for a link in an upload: in a folder it could lead to all that the worker may read."""
-    if store.url.startswith("s3://"):
-        return
-    folder = Path(store.url, upload.folder)
-    for path in (folder, *folder.rglob("*")):
-        if path.is_symlink():
-            raise TesseraError(f"{shown(str(path))}: a link, expected the file itself (pipelines.upload copies them)")
+def refuse_faults(store: Store, upload: Upload) -> None:
+    """TesseraError for what in an upload cannot be listed, as a link: in a folder it could lead to all that the worker
+    may read."""
+    faults = upload.faults or store.look(f"{upload.folder}/", closed=f"{INBOX}/").faults  # it may be new
+    for key, why in faults:
+        more = f", and {len(faults) - 1} more such entries" if len(faults) > 1 else ""
+        raise TesseraError(f"{store.url}/{key}: {why}{more}")
 
 
 @dataclass(frozen=True)

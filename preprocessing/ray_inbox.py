@@ -4,7 +4,7 @@ from functools import partial
 
 from infra.errors import StoreError, TesseraError
 from infra.store import Store
-from preprocessing.inbox import Decision, Sifted, Upload, decide, page, refuse_links, sift
+from preprocessing.inbox import Decision, Sifted, Upload, decide, page, refuse_faults, sift
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, ShardSet
@@ -30,7 +30,7 @@ def take_in(
     url, index, decided = f"{store.url}/{upload.folder}", None, partial(decide, store, line, upload)
     train_ids = frozenset(i for shard in train_set.shards for i in shard.image_ids)
     try:
-        refuse_links(store, upload)
+        refuse_faults(store, upload)
         sifted = sift(read_index(url, split, layout), train_set.labels, train_ids, val_ids)
         index = sifted.index
         made, rejected = _shards_of(store, upload.name, sifted, train_set.config, bad_share)

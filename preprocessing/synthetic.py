@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra import artifacts
-from infra.copying import WHOLE, copy_files
+from infra.copying import WHOLE, copy_files, counted
 from infra.errors import TesseraError
 from infra.store import Store
 from preprocessing import rgb_ids
@@ -87,7 +87,9 @@ def stored_set(store: Store, config: SyntheticConfig) -> str:
     if not store.url.startswith("s3://"):
         return str(write_set(Path(store.url_for(STORED)), config))
     place = f"{STORED}/{_name(config)}"
-    if not store.exists(f"{place}/{WHOLE}"):
+    entries = [*store.list(f"{place}/")]
+    whole = any(entry.key == f"{place}/{WHOLE}" for entry in entries)
+    if not whole or counted(store, place, entries) is False:
         with tempfile.TemporaryDirectory() as folder:
             root = write_set(Path(folder), config)
             files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}

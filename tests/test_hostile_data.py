@@ -19,7 +19,7 @@ from evaluation.report import page
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.files import File
-from preprocessing.inbox import Decision, refuse_links, uploads
+from preprocessing.inbox import Decision, refuse_faults, uploads
 from preprocessing.labels import LabelTable
 from preprocessing.layouts import read_index
 from preprocessing.shards import ShardConfig
@@ -237,7 +237,7 @@ def _(folder: Path) -> None:
     (images / "1.jpg").symlink_to("/etc/passwd")
     (folder / "inbox/monday/_SUCCESS").touch()
     store = open_store(str(folder))
-    refuse_links(store, uploads(store)[0])
+    refuse_faults(store, uploads(store)[0])
 
 
 @case("inbox-link-to-a-folder", r"inbox/monday: a link, expected the file itself")
@@ -246,7 +246,7 @@ def _(folder: Path) -> None:
     write_coco(folder / "elsewhere")
     (folder / "inbox/monday").symlink_to(folder / "elsewhere/coco")
     store = open_store(str(folder))
-    refuse_links(store, uploads(store)[0])
+    refuse_faults(store, uploads(store)[0])
 
 
 @pytest.mark.parametrize("name", case.known)

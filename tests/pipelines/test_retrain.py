@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -21,7 +22,7 @@ from infra.store import Store, open_store
 from pipelines import champion as champion_command
 from pipelines import retrain as flow
 from pipelines.retrain_job import decoded, read_line
-from preprocessing import ray_inbox
+from preprocessing import inbox, ray_inbox
 from preprocessing.coco import read_index
 from preprocessing.inbox import decisions
 from preprocessing.shards import ShardConfig, ShardSet, read_set
@@ -69,6 +70,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(flow, "evaluate", found.evaluate)
     monkeypatch.setattr(flow.ray_cluster, "session", found.session)
     monkeypatch.setattr(ray_inbox, "precompute", precompute)
+    monkeypatch.setattr(inbox, "SETTLED", timedelta())
     monkeypatch.setattr("evaluation.report.to_html", lambda *_: "")
     monkeypatch.setattr("evaluation.rounds.to_html", lambda rows: str([row.title for row in rows]))
     return found
@@ -148,6 +150,20 @@ def test_with_nothing_new_the_flow_ends_at_once_and_writes_nothing(line: Store, 
     line.delete("inbox/a/half.jpg")
     assert {entry.key: entry for entry in line.list()} == before
     assert stage.sessions == 0
+
+
+def test_what_has_just_changed_is_waited_for_once(line: Store, stage: Stage, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(inbox, "SETTLED", timedelta(seconds=60))
+    slept = list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        monkeypatch.setattr(inbox, "SETTLED", timedelta())
+
+    monkeypatch.setattr(flow.time, "sleep", sleep)
+    upload(line, tmp_path, "a", 101)
+    assert retrain(line)[0] == "Promoted"
+    assert slept == [61]
 
 
 def test_a_store_without_a_champion_has_nothing_to_train_from(store: Store, stage: Stage):

@@ -144,20 +144,26 @@ def test_a_success_of_the_folders_own_says_nothing_before_the_end(
     assert contents(folder, "a") == whole
 
 
-def test_what_a_link_leads_to_is_copied_too(folder: Store, data: Path, tmp_path: Path):
-    (data / "train2017").rename(tmp_path / "images")
-    (data / "train2017").symlink_to(tmp_path / "images")
-    assert len(read_index(data, "train2017").records) == 3  # so the command would send it
-    upload(data, folder, "a")
-    assert len([name for name in contents(folder, "a") if name.startswith("train2017/")]) == 3
-    assert len(read_index(f"{folder.url}/inbox/a", "train2017").records) == 3
+@pytest.mark.parametrize("link", ["train2017", "train2017/000000000101.jpg", "notes"])
+def test_links_are_refused_by_name(folder: Store, data: Path, tmp_path: Path, link: str, capsys):
+    """They could lead to all that whoever uploads may read."""
+    if (data / link).exists():
+        (data / link).rename(tmp_path / "elsewhere")
+    (data / link).symlink_to(tmp_path / "elsewhere")
+    assert main([str(data), folder.url]) == 1
+    told = capsys.readouterr().err
+    assert f"{data}/{link}: a link, expected the file itself; `cp -rL` makes a copy without links\n" in told
+    assert [*folder.list()] == []
 
 
-def test_a_link_to_a_folder_above_is_not_copied_without_end(folder: Store, data: Path):
-    once = len(files(data))
-    (data / "all").symlink_to(data)
+def test_hidden_files_are_left_out_and_told(folder: Store, data: Path, caplog: pytest.LogCaptureFixture):
+    whole = files(data)
+    (data / ".git").mkdir()
+    for name in (".env", ".git/config", "train2017/.DS_Store"):
+        (data / name).write_bytes(b"AWS_SECRET_ACCESS_KEY=...")
     upload(data, folder, "a")
-    assert len(contents(folder, "a")) <= 2 * once
+    assert contents(folder, "a") == whole
+    assert "left out, since they are hidden: 3 files, the first is .env" in caplog.text
 
 
 def test_what_was_changed_after_a_kill_is_another_upload(folder: Store, data: Path):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from html import unescape
 from pathlib import Path
 from threading import Barrier
@@ -15,7 +16,7 @@ import pytest
 
 from infra.errors import StoreError, TesseraError
 from infra.store import FolderStore, Store, open_store
-from preprocessing import ray_inbox
+from preprocessing import inbox, ray_inbox
 from preprocessing.inbox import Decision, Upload, decide, decisions, sift, uploads, withdraw
 from preprocessing.ray_inbox import take_in
 from preprocessing.shards import ShardSet, join, read_set
@@ -57,6 +58,12 @@ def take(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Taker
     monkeypatch.setattr(ray_inbox, "precompute", retraining.precompute)
     base = make_base(tmp_path / "base", store)
     return Taker(store, base.train_set, base.val_set)
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a minute."""
+    monkeypatch.setattr(inbox, "SETTLED", timedelta())
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ class Plan:
     work: Work
     items: tuple[Item, ...]
     missing: tuple[Failure, ...] = ()
-    """Images of a COCO list that are not there."""
+    """Images of a COCO list that are not there, or entries of a folder that cannot be listed."""
     ignored: tuple[str, ...] = ()
     """Files whose names are not those of pictures, and pictures whose names are hidden."""
     outputs: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ def plan_prediction(
     storage, run_path = artifacts.split_url(run, "train")
     target = open_store(output).url
     found = _found(source, target)
-    folder, items, missing = "predictions", found.items, tuple[Failure, ...]()
+    folder, items, missing = "predictions", found.items, found.faults
     if images is not None:
         items, missing = _matched(_read_list(images), items)
         stem = PurePosixPath(images).stem.removeprefix("image_info_")
@@ -141,7 +141,8 @@ def plan_prediction(
             f"; {len(found.ignored)} files are none by their names, as {found.ignored[0]!r}" if found.ignored else ""
         )
         left = f"; what predict wrote into {found.outputs[0]} is left out" if found.outputs else ""
-        raise TesseraError(f"{source}: no images found{named}{left}")
+        unlisted = "".join(f"; {fault.file_name}: {fault.why}" for fault in found.faults[:1])
+        raise TesseraError(f"{source}: no images found{named}{left}{unlisted}")
     decoding = json.dumps(options or {}, sort_keys=True)
     work = Work(storage, run_path, found.store.url, target, folder, overlays, images is None, decoding)
     return Plan(work, tuple(items), missing, found.ignored, found.outputs, listed=images is not None)
@@ -155,6 +156,8 @@ class _Found:
     items: list[Item]
     ignored: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    faults: tuple[Failure, ...] = ()
+    """Entries of a folder that cannot be listed."""
 
 
 def _found(source: str, output: str) -> _Found:
@@ -167,8 +170,9 @@ def _found(source: str, output: str) -> _Found:
         return _Found(parent, [Item(name, version, png=png_name(name, parent.exists))])
     if root.url == output:
         raise TesseraError(f"{source}: INPUT is OUTPUT, too; choose another folder")
-    listed = list(root.list())
-    if not listed:
+    listing = root.look()
+    listed = listing.entries
+    if not listed and not listing.faults:
         raise TesseraError(f"{source}: no such file, nor a folder with any")
     claims = {entry.key.removesuffix(CLAIM): _claim_of(root, entry) for entry in listed if _is_claim(entry.key)}
     outputs = {place: claim for place, claim in claims.items() if claim is not None}
@@ -180,7 +184,8 @@ def _found(source: str, output: str) -> _Found:
         if e.key in names
     ]
     ignored = sorted(e.key for e in entries if e.key not in names and not _is_litter(e.key))
-    return _Found(root, items, tuple(ignored), tuple(f"{root.url}/{place}".rstrip("/") for place in sorted(outputs)))
+    places = tuple(f"{root.url}/{place}".rstrip("/") for place in sorted(outputs))
+    return _Found(root, items, tuple(ignored), places, tuple(Failure(*fault) for fault in listing.faults))
 
 
 def _version(entry: Entry) -> str:

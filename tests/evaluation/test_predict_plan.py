@@ -1,0 +1,20 @@
+"""What there is to predict, where an entry of the input cannot be listed."""
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.predict_plan import plan_prediction
+from infra.errors import TesseraError
+
+
+def test_an_entry_that_cannot_be_listed_is_a_failure_and_the_others_are_predicted(tmp_path: Path):
+    run, source, output = f"{tmp_path}/store/train/a", tmp_path / "photos", str(tmp_path / "out")
+    source.mkdir()
+    (source / "me").symlink_to("me")
+    with pytest.raises(TesseraError, match=r"photos: no images found; me: .*symbolic links"):
+        plan_prediction(run, str(source), output)
+    (source / "1.jpg").write_bytes(b"1")
+    found = plan_prediction(run, str(source), output)
+    assert [item.name for item in found.items] == ["1.jpg"]
+    assert [failure.file_name for failure in found.missing] == ["me"]

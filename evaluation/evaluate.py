@@ -114,6 +114,8 @@ def gather(scores: Sequence[ShardScore], val_set: ShardSet) -> Scores:
     annotations = sorted((a for score in scores for a in score.annotations), key=lambda a: a["image_id"])
     by_image = {i: stats for score in scores for i, stats in score.by_image.items()}
     total = sum((score.score for score in scores), Score.zero(len(val_set.labels)))
+    if not (total.pq.tp + total.pq.fn).any():
+        raise TesseraError(f"{val_set.path}: no image has a segment to be found, there is nothing to measure")
     return Scores(total, dict(sorted(by_image.items())), tuple(annotations))
 
 

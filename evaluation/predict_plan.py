@@ -13,7 +13,10 @@ from infra import artifacts, records
 from infra.errors import StoreError, TesseraError
 from infra.opening import check_size
 from infra.store import Entry, Store, open_store
+from infra.text import quoted
 from preprocessing.geometry import Size
+from preprocessing.json_values import whole
+from preprocessing.source import BadSample, known_size
 
 SCHEMA_VERSION = 1
 """Part of every record: raise it when the same weights and image would give another prediction."""
@@ -256,15 +259,21 @@ def _read_list(url: str) -> list[Item]:
     """The `images` of a COCO image info JSON, by name. TesseraError naming what is wrong with it."""
     folder, _, name = open_store(url).url.rpartition("/")
     try:
-        rows: list[Any] = json.loads(open_store(folder or "/").read_named(name))["images"]
-        items = [Item(str(r["file_name"]), "", int(r["id"]), (int(r["height"]), int(r["width"]))) for r in rows]
-    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        items = [_listed(row) for row in json.loads(open_store(folder or "/").read_named(name))["images"]]
+    except (BadSample, KeyError, RecursionError, TypeError, ValueError) as error:
         expected = "expected `images` with id, file_name, height and width"
         raise TesseraError(f"{url}: no list of images ({expected}): {type(error).__name__} {error}") from error
     for what in ("image_id", "name"):
         if len({getattr(item, what) for item in items}) < len(items):
             raise TesseraError(f"{url}: an image's {what} occurs more than once")
     return sorted(items, key=lambda item: item.name)
+
+
+def _listed(row: dict[str, Any]) -> Item:
+    number, name = whole(row["id"]), row["file_name"]
+    if number is None or not isinstance(name, str):
+        raise BadSample(f"id {quoted(row['id'])} and file_name {quoted(name)}, expected an integer and a name")
+    return Item(name, "", number, known_size(row))
 
 
 def claim(work: Work) -> None:

@@ -115,7 +115,8 @@ def precompute_all(job: Ablate, root: str) -> list[Plan]:
         train_kind, val_kind = (job.train_split, chosen.shards), (job.val_split, chosen.val_shards)
         for split, config in (train_kind, val_kind):
             if (split, config) not in made:
-                made[split, config] = precompute_split(job, root, split, config)
+                labels = made[train_kind].labels if train_kind in made else None
+                made[split, config] = precompute_split(job, root, split, config, labels)
         train_set, val_set = made[train_kind], made[val_kind]
         run = chosen.run_path(train_set.path, job.init_path)
         plans.append(Plan(trial, chosen, train_set, val_set, run, evaluation_path(chosen, run, val_set.path)))

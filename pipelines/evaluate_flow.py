@@ -12,11 +12,10 @@ from infra import ray_cluster
 from pipelines.evaluate_job import Evaluate
 from pipelines.logs import flow_logs
 from pipelines.steps import step
-from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardSet
 from training.recipe import Recipe
-from training.run import read_run
+from training.run import labels_of, read_run
 
 log = logging.getLogger("tessera.flow")
 
@@ -46,7 +45,7 @@ def check_job(job: Evaluate) -> Recipe:
 @step
 def precompute_split(job: Evaluate, recipe: Recipe) -> ShardSet:
     """Shards of the images' own sizes."""
-    index = read_index(job.source, job.split, job.layout)
+    index = job.index(labels_of(job.storage, job.run_path))
     return precompute(job.split, index, recipe.val_shards, job.storage, job.bad_share)
 
 

@@ -10,6 +10,8 @@ from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.jobs import Job
 from preprocessing import layouts
+from preprocessing.labels import LabelTable
+from preprocessing.source import Index
 from training.recipe import Recipe
 from training.run import open_run
 
@@ -60,8 +62,12 @@ class Evaluate(Job):
         """
         open_store(self.storage).check()
         recipe, method = open_run(self.storage, self.run_path, self.options)
-        labels = layouts.read_index(self.source, self.split, self.layout).labels
-        if labels != method.labels:  # weights know categories by their place in the table
-            differ = labels.difference(method.labels)
-            raise TesseraError(f"{self.data}: {self.split} lists other categories than {self.run} knows: {differ}")
+        self.index(method.labels)
         return recipe
+
+    def index(self, labels: LabelTable) -> Index:
+        """The data by the table of the run: weights know categories by their place in it. TesseraError as `check`."""
+        found = layouts.read_index(self.source, self.split, self.layout)
+        if differ := found.labels.difference(labels):
+            raise TesseraError(f"{self.data}: {self.split} lists other categories than {self.run} knows: {differ}")
+        return found.under(labels)

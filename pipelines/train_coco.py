@@ -17,10 +17,11 @@ from pipelines.job import SYNTHETIC, TrainCoco
 from pipelines.logs import flow_logs
 from pipelines.progress import TrainProgress
 from pipelines.steps import step
+from preprocessing.labels import LabelTable
 from preprocessing.layouts import read_index
 from preprocessing.ray_precompute import precompute
 from preprocessing.shards import ShardConfig, ShardSet
-from preprocessing.source import Index
+from preprocessing.source import Index, shared_pictures
 from preprocessing.synthetic import stored_set
 from training import names
 from training.ray_train import run_training
@@ -45,7 +46,7 @@ def train_coco(job: TrainCoco = TrainCoco()) -> dict[str, Any]:  # noqa: B008 (f
         check_recipe(job, chosen)
         with ray_cluster.session(job.ray, **job.needs):
             train_set = precompute_split(job, root, job.train_split, chosen.shards)
-            val_set = precompute_split(job, root, job.val_split, chosen.val_shards)
+            val_set = precompute_split(job, root, job.val_split, chosen.val_shards, train_set.labels)
             run = train(job, chosen, train_set, val_set)
             report = evaluate_run(job, chosen, run, val_set)
         log.info("%s\nreport: %s", report.markdown, report.url)
@@ -74,9 +75,11 @@ def find_data(job: TrainCoco, chosen: Recipe) -> str:
 def read_train_index(job: TrainCoco, root: str) -> Index:
     """Of the train split. TesseraError unless the val split belongs to it."""
     train_index, val_index = (read_index(root, split, job.layout) for split in (job.train_split, job.val_split))
-    if train_index.labels != val_index.labels:  # weights know categories by their place in the table
-        differ = train_index.labels.difference(val_index.labels)
+    if differ := train_index.labels.difference(val_index.labels):
         raise TesseraError(f"{root}: {job.train_split} and {job.val_split} list different categories: {differ}")
+    if shared := shared_pictures(val_index, train_index):
+        told = "%s: %d of the %d images of %s are in %s, too, as %s: PQ on them says nothing of new images"
+        log.warning(told, root, len(shared), len(val_index.records), job.val_split, job.train_split, shared[0].image)
     return train_index
 
 
@@ -111,9 +114,15 @@ def check_recipe(job: TrainCoco, chosen: Recipe) -> None:
 
 
 @step
-def precompute_split(job: TrainCoco, root: str, split: str, config: ShardConfig) -> ShardSet:
-    """Shards of one split."""
-    return precompute(split, read_index(root, split, job.layout), config, job.storage, job.bad_share)
+def precompute_split(
+    job: TrainCoco, root: str, split: str, config: ShardConfig, labels: LabelTable | None = None
+) -> ShardSet:
+    """Shards of one split. labels: the train set's table, if this is another split: places in it are what weights know.
+
+    Its order and colours may be other ones than this split's own.
+    """
+    index = read_index(root, split, job.layout)
+    return precompute(split, index if labels is None else index.under(labels), config, job.storage, job.bad_share)
 
 
 def facts_of(job: TrainCoco, chosen: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.files import File
+from preprocessing.json_values import whole
 from preprocessing.labels import LabelTable
 from preprocessing.paired import GRAY8, RGB, find_folder, look_up, make_index, occurring, read_png, to_map, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment
@@ -267,9 +268,13 @@ def _objects(text: File, data: bytes) -> list[tuple[int, str]]:
     content = data.decode("utf-8", "replace")  # some descriptions in there are no UTF-8; class names are ASCII
     if text.name.endswith(".json"):
         try:
-            return [(int(row["name_ndx"]), str(row["name"])) for row in json.loads(content)["annotation"]["object"]]
+            found = [(whole(row["name_ndx"]), row["name"]) for row in json.loads(content)["annotation"]["object"]]
         except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"expected annotation.object[] with name_ndx and name: {error!r}") from error
+        objects = [(index, name) for index, name in found if index is not None and isinstance(name, str)]
+        if len(objects) < len(found):
+            raise ValueError("expected an integer name_ndx and a text as name in each annotation.object[]")
+        return objects
     rows = [[column.strip() for column in line.split("#")] for line in content.splitlines() if line.strip()]
     short = next((number for number, row in enumerate(rows, start=1) if len(row) < 4), None)
     if short:

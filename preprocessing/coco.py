@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import TesseraError
+from infra.text import quoted
 from preprocessing import rgb_ids
 from preprocessing.files import File, leads_outside
+from preprocessing.json_values import image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
@@ -27,6 +29,7 @@ from preprocessing.source import (
     Rejected,
     TooManyBad,
     known_id,
+    known_size,
     read_file,
     without_repeats,
 )
@@ -34,6 +37,8 @@ from preprocessing.tree import Folder, Tree
 
 _PNG = ".png"
 """What the name of a PNG ends with in the annotations; in some exports it is the image's."""
+_NONE = -1
+"""Category of segments whose own cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,14 @@ class CocoRecord(Record):
             defects += self._unlisted(rgb_ids.read_png(data), unlisted_HW)
             labels_HW[unlisted_HW] = 0
         segments = tabulate([segment for _, segment in rows.values()], *measures)
-        defects += self._lies([row for row, _ in rows.values()], segments)
-        if not segments:
+        defects += self._lies(rows, segments)
+        known = [segment for segment in segments if segment.category != _NONE]
+        if len(known) < len(segments):
+            is_known_N = np.array([False, *(segment.category != _NONE for segment in segments)])
+            labels_HW[~is_known_N[labels_HW]] = 0
+        if not known:
             defects.append(self.defect("every pixel is void", usable=True))
-        return PanopticMap(labels_HW.astype(np.int32), tuple(segments))
+        return PanopticMap(labels_HW.astype(np.int32), tuple(known))
 
     def _rows(self, labels: LabelTable, defects: list[Defect]) -> dict[int, tuple[dict[str, Any], Segment]]:
         """By the id in the PNG: the rows whose id can be understood, and their segments."""
@@ -85,21 +94,21 @@ class CocoRecord(Record):
                 if number in found:
                     raise BadSample(f"segment {number} is listed more than once")
                 if not 1 <= number <= rgb_ids.MAX_ID:
-                    raise BadSample(f"segment id {number}; expected 1 to {rgb_ids.MAX_ID}")
-                found[number] = row, Segment(0, 0, False)  # its pixels are its own even if its category is none
-                found[number] = row, self._segment(row, labels)
+                    raise BadSample(f"segment id {quoted(number)}; expected 1 to {rgb_ids.MAX_ID}")
+                found[number] = row, Segment(0, _NONE, False)  # its pixels are its own even if its category is none
+                found[number] = row, self._segment(number, row, labels)
             except BadSample as problem:
-                written = row.get("id")
-                defects.append(self.defect(str(problem), segment=written if isinstance(written, int) else None))
+                defects.append(self.defect(str(problem), segment=whole(row.get("id"))))
         return found
 
-    def _segment(self, row: dict[str, Any], labels: LabelTable) -> Segment:
+    def _segment(self, number: int, row: dict[str, Any], labels: LabelTable) -> Segment:
         category = labels.contiguous.get(_number(row, "category_id"))
         if category is None:
-            raise BadSample(f"segment {row['id']} has the unknown category {row['category_id']}")
-        if row.get("iscrowd", 0) not in (0, 1):
-            raise BadSample(f"segment {row['id']} has iscrowd {row['iscrowd']!r}; expected 0 or 1")
-        return Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0)))
+            raise BadSample(f"segment {number} has the unknown category {quoted(row['category_id'])}")
+        crowd = is_crowd(row)
+        if crowd is None:
+            raise BadSample(f"segment {number} has iscrowd {quoted(row['iscrowd'])}; expected 0 or 1")
+        return Segment(0, category, bool(labels.is_thing[category]), crowd)
 
     def _unlisted(self, ids_HW: NDArray[np.int32], unlisted_HW: NDArray[np.bool_]) -> Iterator[Defect]:
         """Ids that only the PNG has."""
@@ -110,22 +119,26 @@ class CocoRecord(Record):
         if others:
             yield self.defect(f"{others} more segments are not in the JSON")
 
-    def _lies(self, rows: list[dict[str, Any]], segments: list[Segment]) -> Iterator[Defect]:
+    def _lies(self, rows: dict[int, tuple[dict[str, Any], Segment]], segments: list[Segment]) -> Iterator[Defect]:
         """What the JSON's rows say otherwise than the pixels of their segments."""
         stuff = Counter(s.category for s in segments if not s.is_thing)
-        for row, segment in zip(rows, segments, strict=True):
-            tell = partial(self.defect, segment=int(row["id"]))
+        for (number, (row, _)), segment in zip(rows.items(), segments, strict=True):
+            tell = partial(self.defect, segment=number)
             if segment.area == 0:
-                yield tell(f"segment {row['id']} is in the JSON but has no pixel in the PNG")
+                yield tell(f"segment {number} is in the JSON but has no pixel in the PNG")
                 continue
             for name, counted in (("area", segment.area), ("bbox", list(segment.box))):
-                if name in row and row[name] != counted:
-                    problem = f"segment {row['id']} has the {name} {row[name]} in the JSON, counted {counted}"
-                    yield tell(problem, usable=True)
-            if not segment.is_thing and segment.is_crowd:
-                yield tell(f"segment {row['id']} is stuff and a crowd", usable=True)
-            if not segment.is_thing and stuff[segment.category] > 1:
-                yield tell(f"segment {row['id']} is one of several of its stuff category; COCO has one", usable=True)
+                written = row.get(name)
+                if written not in (None, [], counted):  # left open, or as it is
+                    yield tell(
+                        f"segment {number} has the {name} {quoted(written)} in the JSON, counted {counted}", usable=True
+                    )
+            if segment.is_thing or segment.category == _NONE:
+                continue
+            if segment.is_crowd:
+                yield tell(f"segment {number} is stuff and a crowd", usable=True)
+            if stuff[segment.category] > 1:
+                yield tell(f"segment {number} is one of several of its stuff category; COCO has one", usable=True)
 
 
 def read_index(root: str | Path, split: str) -> Index:
@@ -149,9 +162,8 @@ def read_index(root: str | Path, split: str) -> Index:
         try:
             records.append(_record(entry, images_by_id, masks, images))
         except BadSample as problem:
-            written = entry.get("image_id")
             named = masks.file(entry["file_name"], _PNG) if isinstance(entry.get("file_name"), str) else annotation_file
-            rejected.append(Rejected(written if isinstance(written, int) else None, str(named), str(problem)))
+            rejected.append(Rejected(whole(entry.get("image_id")), str(named), str(problem)))
     records, repeated = without_repeats(records)
     rejected += repeated + list(_without_annotation(content["annotations"], images_by_id, images))
     if not records and content["annotations"]:
@@ -198,11 +210,10 @@ def _read_json(file: File) -> dict[str, Any]:
 
 
 def _by_id(images: Iterable[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
-    """The JSON's images by their id, as it is written there."""
+    """The JSON's images by their id; those without one by None."""
     found: dict[Any, list[dict[str, Any]]] = {}
     for image in images:
-        number = image.get("id")
-        found.setdefault(number if isinstance(number, int | str) else None, []).append(image)
+        found.setdefault(image_key(image.get("id")), []).append(image)
     return found
 
 
@@ -211,22 +222,15 @@ def _record(
 ) -> CocoRecord:
     written, rows = entry.get("image_id"), entry.get("segments_info")
     image_id = known_id(written)
-    listed = images_by_id.get(written, [])
+    listed = images_by_id.get(image_key(written), [])
     if len(listed) != 1:
         count = f"is listed {len(listed)} times" if listed else "is not"
-        raise BadSample(f"image id {written} {count} in the JSON's images, expected once")
+        raise BadSample(f"image id {quoted(written)} {count} in the JSON's images, expected once")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadSample("segments_info is no list of objects")
-    size = _whole(listed[0], "height"), _whole(listed[0], "width")
+    size = known_size(listed[0])
     image, mask = _name(listed[0], "the image's"), _name(entry, "the PNG's")
     return CocoRecord(image_id, images.file(image), size, masks.file(mask, _PNG), tuple(rows))
-
-
-def _whole(entry: dict[str, Any], field: str) -> int:
-    value = entry.get(field)
-    if not isinstance(value, int):
-        raise BadSample(f"{field} is {value!r}, expected an integer")
-    return value
 
 
 def _name(entry: dict[str, Any], whose: str) -> str:
@@ -239,9 +243,9 @@ def _name(entry: dict[str, Any], whose: str) -> str:
 
 
 def _number(row: dict[str, Any], name: str) -> int:
-    value = row.get(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise BadSample(f"segment {row.get('id')} has no integer {name!r}")
+    value = whole(row.get(name))
+    if value is None:
+        raise BadSample(f"segment {quoted(row.get('id'))} has no integer {name!r} but {quoted(row.get(name))}")
     return value
 
 
@@ -258,7 +262,7 @@ def _without_annotation(
     annotations: Iterable[dict[str, Any]], images_by_id: dict[Any, list[dict[str, Any]]], images: Folder
 ) -> Iterator[Rejected]:
     """Images that the JSON lists and no annotation mentions."""
-    annotated = {i for entry in annotations if isinstance(i := entry.get("image_id"), int | str)}
+    annotated = {image_key(entry.get("image_id")) for entry in annotations} - {None}
     # an entry of a broken id is rejected itself, its image is no second sample
     stems = {PurePosixPath(str(entry.get("file_name"))).stem for entry in annotations}
     for number, entries in images_by_id.items():
@@ -266,4 +270,4 @@ def _without_annotation(
             name = str(entry.get("file_name", number))
             if number not in annotated and PurePosixPath(name).stem not in stems:
                 reason = "the image has no annotation in the JSON"
-                yield Rejected(number if isinstance(number, int) else None, f"{images.path}/{name}", reason)
+                yield Rejected(whole(number), f"{images.path}/{name}", reason)

@@ -219,8 +219,9 @@ def sift(index: Index, labels: LabelTable, train: frozenset[int], val: frozenset
 
     train, val: image ids. Raises TesseraError for other categories than `labels`.
     """
-    if index.labels != labels:
-        raise TesseraError(f"its categories are not those of the train set: {index.labels.difference(labels)}")
+    if differ := index.labels.difference(labels):
+        raise TesseraError(f"its categories are not those of the train set: {differ}")
+    index = index.under(labels)
     fresh = tuple(r for r in index.records if r.image_id not in train | val)
     leaked = [r for r in index.records if r.image_id in val]
     reason = "the image is in the val set: to train on it would make PQ there meaningless"

@@ -11,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import TesseraError
+from infra.text import quoted
 from preprocessing import rle
 from preprocessing.files import File, leads_outside
+from preprocessing.geometry import Size
+from preprocessing.json_values import image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.paired import GRAY, find_folder, make_index, read_png, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
-from preprocessing.source import BadSample, Defect, Index, Record, Rejected, known_id
+from preprocessing.source import BadSample, Defect, Index, Record, Rejected, known_id, known_size
 from preprocessing.tree import Folder, Tree
 
 _LAYOUT = "a detection JSON with semantic PNGs"
@@ -83,9 +86,10 @@ def _checked(instance: Instance, semantic_HW: NDArray[np.integer[Any]], number: 
 
 def _thing(category: Any, labels: LabelTable) -> int:
     """Contiguous id of a thing's dataset id. Raises BadSample if it is none."""
-    contiguous = labels.contiguous.get(int(category)) if isinstance(category, int | np.integer) else None
+    number = whole(category.item() if isinstance(category, np.integer) else category)
+    contiguous = None if number is None else labels.contiguous.get(number)
     if contiguous is None:
-        raise BadSample(f"the category {category!r} is unknown")
+        raise BadSample(f"the category {quoted(category)} is unknown")
     if not labels.is_thing[contiguous]:
         raise BadSample(f"the category {category} ({labels.names[contiguous]}) is stuff, expected a thing")
     return contiguous
@@ -142,12 +146,12 @@ class InstancesRecord(Record):
         if semantic_HW is None:
             return None
         try:
-            rows, instances = self._instances(labels, defects)
+            rows, instances = self._instances((semantic_HW.shape[0], semantic_HW.shape[1]), labels, defects)
             labels_HW, segments = _painted(semantic_HW, instances, labels)
         except BadSample as problem:
             defects.append(self.defect(str(problem)))
             return None
-        names = [f"annotation {row.get('id')}" for row in rows]
+        names = [f"annotation {quoted(row.get('id'))}" for row in rows]
         names += [f"stuff {labels.names[segment.category]!r}" for segment in segments[len(rows) :]]
         for name, segment in zip(names, segments, strict=True):
             if segment.area == 0:
@@ -175,24 +179,30 @@ class InstancesRecord(Record):
         defects += wrong_values(self, ids_HW, unknown_HW, "the category {} is unknown".format, self.semantic)
         return semantic_HW
 
-    def _instances(self, labels: LabelTable, defects: list[Defect]) -> tuple[list[dict[str, Any]], list[Instance]]:
+    def _instances(
+        self, size: Size, labels: LabelTable, defects: list[Defect]
+    ) -> tuple[list[dict[str, Any]], list[Instance]]:
         """Rows and masks of the annotations that can be understood. BadSample if they would not fit into memory."""
-        assert self.size
         rows, instances = [], []
         listed = json.loads(self.annotations)
-        if len(listed) * math.prod(self.size) > _MOST_PIXELS:
-            raise BadSample(f"{len(listed)} masks of {self.size[1]}x{self.size[0]} pixels are too many for one image")
+        if len(listed) * math.prod(size) > _MOST_PIXELS:
+            raise BadSample(f"{len(listed)} masks of {size[1]}x{size[0]} pixels are too many for one image")
         for row in listed:
             try:
-                _thing(row.get("category_id"), labels)
-                mask_HW = rle.decode(row.get("segmentation"), self.size)
+                instances.append(_instance(row, size, labels))
             except (BadSample, ValueError) as problem:
-                number = row.get("id") if isinstance(row.get("id"), int) else None
-                defects.append(self.defect(f"annotation {row.get('id')}: {problem}", segment=number))
+                told = f"annotation {quoted(row.get('id'))}: {problem}"
+                defects.append(self.defect(told, segment=whole(row.get("id"))))
                 continue
             rows.append(row)
-            instances.append(Instance(row["category_id"], mask_HW, bool(row.get("iscrowd", 0))))
         return rows, instances
+
+
+def _instance(row: dict[str, Any], size: Size, labels: LabelTable) -> Instance:
+    category, crowd = _thing(row.get("category_id"), labels), is_crowd(row)
+    if crowd is None:
+        raise BadSample(f"iscrowd is {quoted(row['iscrowd'])}, expected 0 or 1")
+    return Instance(labels.categories[category].dataset_id, rle.decode(row.get("segmentation"), size), crowd)
 
 
 def read_index(root: str | Path, split: str) -> Index:
@@ -256,7 +266,7 @@ def _labels(table: File | None, own: list[Any], file: File) -> LabelTable:
         )
     entry_by_id = {category["id"]: category for category in labels.to_coco()}
     for category in _entries(own, file):
-        known = entry_by_id.get(category.get("id"))
+        known = entry_by_id.get(whole(category.get("id")))
         if known is None or any(category.get(key, known[key]) != known[key] for key in ("name", "isthing")):
             raise TesseraError(f"{file}: the category {category} is not the {known} of {table or file}")
     return labels
@@ -264,41 +274,42 @@ def _labels(table: File | None, own: list[Any], file: File) -> LabelTable:
 
 def _entries(categories: Any, file: File) -> list[dict[str, Any]]:
     if not isinstance(categories, list) or not all(
-        isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories
+        isinstance(c, dict) and whole(c.get("id")) is not None for c in categories
     ):
         raise TesseraError(f"{file}: expected categories as a list of objects with integer ids")
     return categories
 
 
-def _rows_by_image(content: dict[str, Any], file: File) -> tuple[dict[Any, list[dict[str, Any]]], list[Rejected]]:
+def _rows_by_image(content: dict[str, Any], file: File) -> tuple[dict[int | str, list[dict[str, Any]]], list[Rejected]]:
     """Annotations by image id, and those that have no image."""
-    rows: dict[Any, list[dict[str, Any]]] = {
-        image["id"]: []
-        for image in content["images"]
-        if isinstance(image, dict) and isinstance(image.get("id"), int | str)
-    }
+    keys = [image_key(image.get("id")) for image in content["images"] if isinstance(image, dict)]
+    rows: dict[int | str, list[dict[str, Any]]] = {key: [] for key in keys if key is not None}
     rejected = []
     for number, row in enumerate(content["annotations"]):
-        owner = row.get("image_id") if isinstance(row, dict) else None
-        if isinstance(owner, int | str) and owner in rows:
+        owner = image_key(row.get("image_id")) if isinstance(row, dict) else None
+        if owner in rows:
             rows[owner].append(row)
         else:
-            reason = f"annotation {row.get('id') if isinstance(row, dict) else number} has the image {owner!r}"
-            rejected.append(Rejected(None, str(file), f"{reason}, which is not in the JSON's images"))
+            named = quoted(row.get("id")) if isinstance(row, dict) else number
+            written = quoted(row.get("image_id")) if isinstance(row, dict) else quoted(row)
+            reason = f"annotation {named} has the image {written}, which is not in the JSON's images"
+            rejected.append(Rejected(None, str(file), reason))
     return rows, rejected
 
 
-def _record(entry: Any, rows: Mapping[Any, list[dict[str, Any]]], semantics: Folder, images: Folder) -> InstancesRecord:
+def _record(
+    entry: Any, rows: Mapping[int | str, list[dict[str, Any]]], semantics: Folder, images: Folder
+) -> InstancesRecord:
     if not isinstance(entry, dict):
-        raise BadSample(f"an image is {entry!r}, expected an object")
-    number, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
-    image_id = known_id(number)
-    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
-        raise BadSample(f"image {number} has the size {height!r}, {width!r}, expected positive integers")
+        raise BadSample(f"an image is {quoted(entry)}, expected an object")
+    key, name = image_key(entry.get("id")), entry.get("file_name")
+    image_id = known_id(entry.get("id"))
+    assert key is not None
+    size = known_size(entry)
     if not isinstance(name, str) or not name.isprintable():
-        raise BadSample(f"image {number} has the file_name {name!r}, expected a path")
+        raise BadSample(f"image {quoted(key)} has the file_name {quoted(name)}, expected a path")
     path = PurePosixPath(name)
     if leads_outside(name) or not path.name:
-        raise BadSample(f"image {number}: the file name {name!r} leads outside the data set")
+        raise BadSample(f"image {quoted(key)}: the file name {quoted(name)} leads outside the data set")
     mask = semantics.file(path.with_suffix(".png").as_posix())
-    return InstancesRecord(image_id, images.file(name), (height, width), mask, json.dumps(rows[number]))
+    return InstancesRecord(image_id, images.file(name), size, mask, json.dumps(rows[key]))

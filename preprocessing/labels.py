@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import TesseraError
+from infra.text import quoted
+from preprocessing.json_values import flag, whole
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class Category:
     """The data set's own id; not contiguous in COCO."""
     name: str
     is_thing: bool
-    color: tuple[int, int, int]
-    """RGB, 0-255."""
+    color: tuple[int, int, int] = field(compare=False)
+    """RGB, 0-255. It teaches nothing: categories that differ in it alone are the same."""
+
+    def __str__(self) -> str:
+        return f"{self.dataset_id} {quoted(self.name)} ({'thing' if self.is_thing else 'stuff'})"
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class LabelTable:
     categories: tuple[Category, ...]
 
     def __post_init__(self) -> None:
-        ids = [c.dataset_id for c in self.categories]
-        repeated = sorted({i for i in ids if ids.count(i) > 1})
+        counts = Counter(c.dataset_id for c in self.categories)
+        repeated = sorted(i for i, times in counts.items() if times > 1)
         if repeated:
             raise TesseraError(f"categories: ids {repeated} are listed more than once")
         if not self.categories:
@@ -53,32 +57,31 @@ class LabelTable:
         table = []
         for position, entry in enumerate(categories):
             if not isinstance(entry, Mapping):
-                raise TesseraError(f"{source}: category {entry!r} is no object")
+                raise TesseraError(f"{source}: category {quoted(entry)} is no object")
             missing = {"id", "name", "isthing"} - entry.keys()
             if missing:
                 hint = " (is this the detection JSON?)" if "isthing" in missing else ""
-                raise TesseraError(f"{source}: category {entry} lacks {sorted(missing)}{hint}")
-            try:
-                red, green, blue = (_byte(value) for value in entry.get("color") or _spread_color(position))
-                number = int(entry["id"])
-            except (OverflowError, TypeError, ValueError) as error:
+                raise TesseraError(f"{source}: category {quoted(entry)} lacks {sorted(missing)}{hint}")
+            number, is_thing, color = whole(entry["id"]), flag(entry["isthing"]), _color(entry.get("color"), position)
+            if number is None or color is None:
                 expected = "expected an integer id, and three integers from 0 to 255 as color"
-                raise TesseraError(f"{source}: category {entry}: {expected}") from error
-            if not str(entry["name"]).isprintable():  # it stands in logs, tables and pages
-                raise TesseraError(f"{source}: category {entry}: expected a printable name")
-            if entry["isthing"] not in (0, 1):
-                raise TesseraError(f"{source}: category {entry}: isthing must be 0 or 1")
-            table.append(Category(number, str(entry["name"]), bool(entry["isthing"]), (red, green, blue)))
+                raise TesseraError(f"{source}: category {quoted(entry)}: {expected}")
+            if not _is_name(entry["name"]):  # it stands in logs, tables and pages
+                raise TesseraError(f"{source}: category {quoted(entry)}: expected a printable name")
+            if is_thing is None:
+                raise TesseraError(f"{source}: category {quoted(entry)}: isthing must be 0 or 1")
+            table.append(Category(number, str(entry["name"]), is_thing, color))
         try:
             return cls(tuple(table))
         except TesseraError as error:
             raise TesseraError(f"{source}: {error}") from error
 
     def difference(self, other: "LabelTable") -> str:
-        """The first category that the other table has not, or has otherwise; empty if they are equal."""
-        for mine, others in zip_longest(self.categories, other.categories):
-            if mine != others:
-                return f"{mine or 'nothing'} against {others or 'nothing'}"
+        """The first category that the other table has not, or has otherwise; empty if they are equal but for order."""
+        ours, theirs = ({c.dataset_id: c for c in table.categories} for table in (self, other))
+        for number in ours | theirs:
+            if ours.get(number) != theirs.get(number):
+                return f"{ours.get(number, 'nothing')} against {theirs.get(number, 'nothing')}"
         return ""
 
     def to_coco(self) -> list[dict[str, Any]]:
@@ -130,11 +133,20 @@ class LabelTable:
         return tuple(given)
 
 
-def _byte(value: Any) -> int:
-    number = int(value)
-    if not 0 <= number <= 255:
-        raise ValueError(number)
-    return number
+def _color(written: Any, position: int) -> tuple[int, int, int] | None:
+    """As it is written, one of the position where there is none; None for what is no colour."""
+    if not written:
+        return _spread_color(position)
+    channels = [whole(value) for value in written] if isinstance(written, list | tuple) else []
+    if len(channels) != 3 or not all(value is not None and 0 <= value <= 255 for value in channels):
+        return None
+    red, green, blue = channels
+    return red or 0, green or 0, blue or 0
+
+
+def _is_name(written: Any) -> bool:
+    """Texts, and integers, which are their digits."""
+    return isinstance(written, str | int) and not isinstance(written, bool) and str(written).isprintable()
 
 
 def _spread_color(position: int) -> tuple[int, int, int]:

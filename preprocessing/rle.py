@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.geometry import Size
+from preprocessing.json_values import whole
 
 _MAX_BITS = 40
 """No count of an image needs more."""
@@ -53,7 +54,9 @@ def unpack(text: str) -> list[int]:
 
 def _from_counts(counts: Any, size: Size) -> NDArray[np.bool_]:
     """Lengths of runs down the columns, which are outside and inside by turns."""
-    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+    read = [whole(count) for count in counts] if isinstance(counts, list) else [None]
+    counts = [count for count in read if count is not None and count >= 0]
+    if len(counts) < len(read):
         raise ValueError("the RLE's counts are no list of integers from 0 on")
     if sum(counts) != size[0] * size[1]:
         raise ValueError(
@@ -67,7 +70,7 @@ def _checked(polygon: Any, size: Size) -> list[float]:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         count = f"of {len(polygon)} numbers" if isinstance(polygon, list) else repr(polygon)
         raise ValueError(f"a polygon {count}, expected x, y of three points at least")
-    if not all(isinstance(number, int | float) for number in polygon):
+    if not all(type(number) in (int, float) for number in polygon):
         raise ValueError("a polygon holds something other than numbers")
     # pycocotools walks edges pixel by pixel, so far coordinates cost without end; a mask needs none of them
     for number, extent in zip(polygon, (size[1], size[0]) * (len(polygon) // 2), strict=True):

@@ -243,7 +243,11 @@ def join(first: ShardSet, others: Sequence[ShardSet]) -> ShardSet:
     others = sorted(others, key=lambda other: other.path)
     for other in others:
         if (other.labels, other.config) != (first.labels, first.config):
-            raise TesseraError(f"{other.path}: its categories or settings are other ones than those of {first.path}")
+            differ = other.labels.difference(first.labels)
+            told = f" ({differ})" if differ else ""
+            raise TesseraError(
+                f"{other.path}: its categories or settings are other ones than those of {first.path}{told}"
+            )
         fresh = [shard for shard in other.shards if held.isdisjoint(shard.image_ids)]
         if len(fresh) < len(other.shards):
             lost = sum(len(shard.image_ids) for shard in other.shards) - sum(len(shard.image_ids) for shard in fresh)

@@ -3,17 +3,18 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from infra.errors import TesseraError
-from infra.text import sentence, shown
+from infra.text import quoted, sentence, shown
 from preprocessing.files import File
 from preprocessing.geometry import Size
 from preprocessing.image_file import read_image
+from preprocessing.json_values import whole
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap
@@ -166,6 +167,15 @@ class Index:
     unused: tuple[Defect, ...] = ()
     """Files that belong to no sample."""
 
+    def under(self, labels: LabelTable) -> "Index":
+        """The same samples by another table of the same categories, so that each has the place that it has there.
+
+        Records know categories by their dataset id. TesseraError naming the first category that is not in both alike.
+        """
+        if differ := self.labels.difference(labels):
+            raise TesseraError(f"other categories: {differ}")
+        return replace(self, labels=labels)
+
 
 def read_sample(record: Record, labels: LabelTable) -> tuple[bytes, PanopticMap]:
     """The image file's bytes, checked to decode, and the panoptic map. Raises BadSample."""
@@ -196,16 +206,41 @@ def known_id(written: Any) -> int:
     """The id of an image as an annotation has it: a number is itself, a name gets one. Raises BadSample."""
     if isinstance(written, str) and written.isprintable():
         return stable_id(written)
-    if not isinstance(written, int):
-        raise BadSample(f"image_id is {written!r}, expected an integer or a name")
-    if not 0 <= written < 1 << 63:  # others are no seed, and give a name that a shard cannot hold
-        raise BadSample(f"image_id is {str(written)[:20]}, expected 0 to 2^63 - 1")
-    return written
+    number = whole(written)
+    if number is None:
+        raise BadSample(f"image_id is {quoted(written)}, expected an integer or a name")
+    if not 0 <= number < 1 << 63:  # others are no seed, and give a name that a shard cannot hold
+        raise BadSample(f"image_id is {str(number)[:20]}, expected 0 to 2^63 - 1")
+    return number
+
+
+def known_size(entry: Mapping[str, Any]) -> Size | None:
+    """Height, width that a JSON's image has; None where both are missing or null. Raises BadSample."""
+    written = [entry.get(name) for name in ("height", "width")]
+    if written == [None, None]:
+        return None
+    height, width = map(whole, written)
+    if height is None or width is None or min(height, width) < 1:
+        told = " and ".join(map(quoted, written))
+        raise BadSample(f"height and width are {told}, expected positive integers, or neither")
+    return height, width
 
 
 def stable_id(name: str) -> int:
     """An image id for data sets whose images have names only: the same wherever and whenever it is computed."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10**12
+
+
+def shared_pictures(index: Index, other: Index) -> list[Record]:
+    """The records of an index whose image `other` has, too: a file of this name with the same bytes."""
+    by_name = {record.image.name: record.image for record in other.records}
+    return [r for r in index.records if (same := by_name.get(r.image.name)) and _is_same(r.image, same)]
+
+
+def _is_same(one: File, two: File) -> bool:
+    """Most are told apart by their sizes, without being read."""
+    sizes = _or_minus_one(one.size), _or_minus_one(two.size)
+    return sizes[0] == sizes[1] != -1 and _or_minus_one(one.crc) == _or_minus_one(two.crc)
 
 
 def without_repeats(records: Iterable[Record]) -> tuple[list[Record], list[Rejected]]:

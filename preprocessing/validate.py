@@ -86,6 +86,8 @@ def examine_index(index: Index, split: str, workers: int, progress: Any = print)
     for findings in _each([(chunk, index.labels, drawn) for chunk in chunks], workers):
         total += findings
         progress(f"{split}: {total.images} of {len(index.records)} images, {len(total.defects)} defects")
+    if problem := void_background(index.labels, total):
+        total.defects.append(Defect(problem, split, usable=True))
     return index.labels, total
 
 
@@ -152,6 +154,23 @@ def kinds(defects: Iterable[Defect]) -> list[tuple[str, bool, int]]:
     return sorted(((kind, usable, n) for (kind, usable), n in counts.items()), key=lambda row: (row[1], -row[2]))
 
 
+_MUCH_VOID, _VOID_WITHOUT_STUFF = 0.4, 0.05
+"""Shares of void that are no leftovers between labels any more: in any set, and where no stuff is labelled."""
+
+
+def void_background(labels: LabelTable, findings: Findings) -> str:
+    """The warning for so much void that it may be a background which somebody left out; empty if it is not."""
+    labelled = sum(findings.pixels.values())
+    share = findings.void_pixels / max(1, findings.void_pixels + labelled)
+    has_stuff = any(not labels.is_thing[category] for category in findings.pixels)
+    if not labelled or share < (_MUCH_VOID if has_stuff else _VOID_WITHOUT_STUFF):
+        return ""
+    return (
+        f"{share:.0%} of the pixels are void{'' if has_stuff else ' and no stuff is labelled'}: void means "
+        "'not labelled', it is neither learned nor scored; a background that is meant is a category of stuff"
+    )
+
+
 def verdict(found: dict[str, tuple[LabelTable, Findings]], bad_share: float) -> list[str]:
     """Why the data set cannot be trained on; empty if it can."""
     reasons = []
@@ -160,9 +179,10 @@ def verdict(found: dict[str, tuple[LabelTable, Findings]], bad_share: float) -> 
             bad = findings.images + findings.rejected - findings.usable
             of = f"{bad} of {findings.images + findings.rejected} samples"
             reasons.append(f"{split}: {of} are unusable, above the limit of {bad_share:.1%}")
+        elif not findings.segments:
+            reasons.append(f"{split}: every pixel is void, there is nothing to learn or to measure")
     tables = [labels for labels, _ in found.values()]
-    if any(table != tables[0] for table in tables):
-        differ = next(d for table in tables if (d := tables[0].difference(table)))
+    if differ := next((d for table in tables if (d := tables[0].difference(table))), ""):
         reasons.append(f"{', '.join(found)} list different categories: {differ}")
     return reasons
 

@@ -126,7 +126,7 @@ def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str)
     weights = _weights(store, init)
     with torch.device("meta"):
         ours, more = (recipe.build(table).state_dict() for table in (labels, _with_one_more(labels)))
-    if _categories(theirs) != _categories(labels):
+    if theirs != labels:
         weights = {n: value for n, value in weights.items() if n in ours and more[n].shape == ours[n].shape}
         ours = {n: value for n, value in ours.items() if more[n].shape == value.shape}
     differ = [n for n in ours.keys() | weights.keys() if _shape(ours, n) != _shape(weights, n)]
@@ -143,13 +143,18 @@ def _shape(weights: dict[str, Tensor], name: str) -> list[int] | None:
     return list(weights[name].shape) if name in weights else None
 
 
-def _categories(labels: LabelTable) -> list[tuple[int, str, bool]]:
-    return [(c.dataset_id, c.name, c.is_thing) for c in labels.categories]  # colours teach nothing
-
-
 def _with_one_more(labels: LabelTable) -> LabelTable:
     more = max(c.dataset_id for c in labels.categories) + 1
     return LabelTable((*labels.categories, Category(more, "one more", False, (0, 0, 0))))
+
+
+def labels_of(store_url: str, path: str) -> LabelTable:
+    """The categories that the finished run at `path` knows. Raises TesseraError as `open_run` does."""
+    store = open_store(store_url)
+    content = artifacts.read_manifest(store, path)
+    if content is None:
+        raise TesseraError(f"{store.url_for(path)}: no finished run")
+    return _labels_of(store, path, content)
 
 
 def _labels_of(store: Store, path: str, manifest: dict[str, Any]) -> LabelTable:

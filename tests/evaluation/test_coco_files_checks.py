@@ -34,7 +34,7 @@ def message(files):
 @pytest.mark.parametrize("size", [(3, 5), (4, 3), (12, 1)])
 def test_another_size_is_refused(files, size):
     files.png("prediction", 1).write_bytes(rgb_ids.write_png(np.resize(IDS, size)))
-    assert message(files) == f"prediction/1.png: {size[1]}x{size[0]} px, the truth is 4x3"
+    assert message(files) == f"prediction/1.png: {size[1]}x{size[0]} px, the truth is 4x3 px"
 
 
 def remove_prediction(content):

@@ -94,12 +94,17 @@ PERTURBATIONS = (shifted, merged, split, wrong_classes, void, crowds)
 
 
 def perturbed(rng, truth, categories, perturbations):
-    """A truth and a prediction; the latter lists what it has pixels of."""
+    """A truth and a prediction; each lists what it has pixels of."""
     prediction = truth
     for perturb in perturbations:
         truth, prediction = perturb(rng, truth, prediction, categories)
-    present = set(np.unique(prediction[0]).tolist())
-    return truth, (prediction[0], [row for row in prediction[1] if row["id"] in present])
+    return with_pixels(*truth), with_pixels(*prediction)
+
+
+def with_pixels(ids, rows):
+    """Files whose PNG and JSON have other ids than one another are refused."""
+    present, listed = set(np.unique(ids).tolist()), [row["id"] for row in rows]
+    return np.where(np.isin(ids, listed), ids, 0), [row for row in rows if row["id"] in present]
 
 
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=lambda p: p.__name__)
@@ -150,7 +155,7 @@ def assert_equals_hotcoco(files):
 
 def random_files(folder, seed, images):
     rng = np.random.default_rng(seed)
-    pairs = [[(m.ids, list(map(row_of, m.segments))) for m in random_pair(rng)] for _ in range(images)]
+    pairs = [[with_pixels(m.ids, list(map(row_of, m.segments))) for m in random_pair(rng)] for _ in range(images)]
     return write_files(folder / "set", pairs, LABELS.to_coco())
 
 

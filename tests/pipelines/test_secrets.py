@@ -147,7 +147,9 @@ def run_and_look(prefect, own_secrets, folders, storage, ray, dashboard=None):  
     coco = write_set(folders[0], SyntheticConfig(train=24, val=8, size=(48, 48), seed=5))
     job = {"data": str(coco), "storage": storage, "recipe": "debug", "ray": ray}
     login = os.environ["PREFECT_API_AUTH_STRING"].partition(":")[2]
-    with Watched(dashboard, [spelling for secret in (*own_secrets, login) for spelling in spellings(secret)]) as watched:
+    with Watched(
+        dashboard, [spelling for secret in (*own_secrets, login) for spelling in spellings(secret)]
+    ) as watched:
         said = prefect("deployment", "run", "train-coco/train-coco", "--watch", "--param", f"job={json.dumps(job)}")
     watched.look("stdout", said.encode())
     store = open_store(storage)

@@ -208,6 +208,11 @@ def test_files_may_lie_in_folders_below(coco: CocoFolder):
         ("images", "file_name", "a\0b.jpg"),
         ("images", "height", None),
         ("images", "width", "wide"),
+        ("images", "width", 48.5),
+        ("images", "width", True),
+        ("annotations", "image_id", True),
+        ("annotations", "image_id", 3.5),
+        ("images", "id", "3"),
     ],
 )
 def test_an_entry_of_the_wrong_type_costs_its_own_sample_alone(coco: CocoFolder, kind: str, name: str, value):
@@ -231,6 +236,31 @@ def test_an_entry_that_lacks_a_field_costs_its_own_sample_alone(coco: CocoFolder
     with coco.editing() as content:
         del content[kind][2][name]
     assert_only_the_third_is_lost(coco)
+
+
+def test_sizes_may_be_left_open(coco: CocoFolder):
+    with coco.editing() as content:
+        content["images"][2] |= {"height": None, "width": None}
+        del content["images"][3]["height"], content["images"][3]["width"]
+    assert [coco.record(i).size for i in (2, 3, 4)] == [None, None, (48, 48)]
+    assert coco.sample(2)[1].size == coco.sample(3)[1].size == (48, 48)
+
+
+def test_whole_floats_are_integers(coco: CocoFolder):
+    plain = [(r.image_id, r.size, coco.sample(p)[1].segments) for p, r in enumerate(coco.index().records)]
+    with coco.editing() as content:
+        for image in content["images"]:
+            image |= {name: float(image[name]) for name in ("id", "height", "width")}
+        for category in content["categories"]:
+            category |= {"id": float(category["id"]), "isthing": bool(category["isthing"])}
+            category["color"] = [float(channel) for channel in category["color"]]
+        for annotation in content["annotations"]:
+            annotation["image_id"] = float(annotation["image_id"])
+            for row in annotation["segments_info"]:
+                row |= {name: float(row[name]) for name in ("id", "category_id", "iscrowd", "area")}
+    index = coco.index()
+    assert all(type(r.image_id) is int for r in index.records)
+    assert [(r.image_id, r.size, coco.sample(p)[1].segments) for p, r in enumerate(index.records)] == plain
 
 
 def test_two_entries_without_image_id_cost_themselves_alone(coco: CocoFolder):

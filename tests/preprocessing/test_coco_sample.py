@@ -154,7 +154,7 @@ def test_a_number_that_is_none_is_named(coco: CocoFolder, name: str, value):
     assert name in coco.reason(3)
 
 
-@pytest.mark.parametrize("value", [5, None, "no", -1])
+@pytest.mark.parametrize("value", [5, 0.5, "no", "0", -1, [], {}])
 def test_a_crowd_is_one_or_not(coco: CocoFolder, value):
     with coco.editing() as content:
         content["annotations"][3]["segments_info"][0]["iscrowd"] = value
@@ -214,3 +214,26 @@ def test_a_jpeg_as_mask_is_a_bad_sample(coco: CocoFolder):
     Image.open(coco.image(3)).save(buffer, format="JPEG")
     coco.mask(3).write_bytes(buffer.getvalue())
     assert f"{coco.mask(3)}: not a readable panoptic PNG (the data is not a PNG)" in coco.reason(3)
+
+
+def test_what_the_json_leaves_open_is_no_lie_and_an_unknown_category_is_none(coco: CocoFolder):
+    """Stuff of the first category beside it: it was counted as one of that."""
+    ids = np.ones((48, 48), np.int32)
+    ids[:, 24:] = 2
+    coco.redraw(3, ids, {1: SKY, 2: 12345})
+    with coco.editing() as content:
+        content["categories"] = [c for c in content["categories"] if c["id"] == SKY]
+        for row in content["annotations"][3]["segments_info"]:
+            row |= {"area": None, "bbox": []}
+    found = coco.record(3).examine(coco.index().labels)
+    assert [(d.problem, d.segment) for d in found.defects] == [("segment 2 has the unknown category 12345", 2)]
+    assert [(s.id, s.category, s.area) for s in found.truth.segments] == [(1, 0, 24 * 48)]
+    assert np.array_equal(found.truth.ids, np.where(ids == 1, 1, 0))
+
+
+@pytest.mark.parametrize("value", [1.9, "1", True, None, [1], 1e300])
+@pytest.mark.parametrize("name", ["id", "category_id"])
+def test_ids_that_are_no_integers_are_named(coco: CocoFolder, name: str, value):
+    with coco.editing() as content:
+        content["annotations"][3]["segments_info"][0][name] = value
+    assert f"no integer {name!r} but {value!r}" in coco.reason(3)

@@ -229,7 +229,7 @@ def test_other_categories_are_in_quarantine(take: Taker, six: CocoFolder):
     take.put(six.root, "a")
     decision = take("a", bad_share=1.0)
     assert decision.state == "quarantined"
-    assert decision.reason.startswith("its categories are not those of the train set: Category(dataset_id=1, name='di")
+    assert decision.reason.startswith("its categories are not those of the train set: 1 'dish' (thing) against 1 'di")
 
 
 def test_images_of_the_val_set_are_never_trained_on(take: Taker, tmp_path: Path):

@@ -24,7 +24,7 @@ BAD_SEGMENTATIONS = [
     ({"counts": [48]}, "the RLE's size is None"),
     ({"size": [6, 8], "counts": [40]}, "add up to 40, expected 48 = 6 * 8"),
     ({"size": [6, 8], "counts": [50, -2]}, "no list of integers"),
-    ({"size": [6, 8], "counts": [48.0]}, "no list of integers"),
+    ({"size": [6, 8], "counts": [47.5, 0.5]}, "no list of integers"),
     ({"size": [6, 8], "counts": None}, "no list of integers"),
     ({"size": [6, 8], "counts": "\x7f"}, "cannot be unpacked at its count 0"),
     ({"size": [6, 8], "counts": "o" * 999}, "cannot be unpacked at its count 0"),
@@ -295,7 +295,7 @@ def test_what_belongs_to_no_image_is_rejected(detections: Detections):
     told = [r.reason for r in detections.index().rejected]
     assert told == [
         "annotation 70 has the image 9, which is not in the JSON's images",
-        "annotation 4 has the image None, which is not in the JSON's images",
+        "annotation 4 has the image 5, which is not in the JSON's images",
         "the PNG has no image in the JSON",
     ]
 

@@ -77,3 +77,38 @@ def test_every_category_has_a_name_of_its_own_whatever_they_are_called(names: li
     for name, called, number in zip(names, unique, ids, strict=True):
         assert called.strip()
         assert called == name if names.count(name) == 1 and name.strip() else called.endswith(f" ({number})")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("id", wrong) for wrong in (1.9, "1", True, None, [1], float("nan"), 2.0**60)),
+        *(("isthing", wrong) for wrong in (0.5, "1", None, 2, [])),
+        *(("name", wrong) for wrong in (None, 1.5, True, ["cat"], "a\nb")),
+        *(("color", wrong) for wrong in ([1.9, 2, 3], ["1", 2, 3], [True, 2, 3], [1, 2], [1, 2, 256], "red", 5)),
+    ],
+)
+def test_nothing_is_cut_or_guessed(name: str, value):
+    with pytest.raises(TesseraError, match=r"^my\.json: category"):
+        LabelTable.from_coco([{"id": 5, "name": "cat", "isthing": 1, name: value}], "my.json")
+
+
+def test_whole_floats_and_flags_are_taken():
+    row = {"id": 3.0, "name": 7, "isthing": True, "color": [0.0, 1, 2.0]}
+    assert LabelTable.from_coco([row]).to_coco() == [{"id": 3, "name": "7", "isthing": 1, "color": [0, 1, 2]}]
+
+
+def test_colours_and_order_make_no_difference_and_all_else_does():
+    table, plain = LabelTable.from_coco(COCO), [{**c, "color": None} for c in COCO]
+    assert LabelTable.from_coco(plain) == table
+    assert table.difference(LabelTable.from_coco(plain[::-1])) == ""
+    assert LabelTable.from_coco(plain[::-1]) != table  # places in it are what arrays and weights know
+    for change in ({"id": 2}, {"name": "Person"}, {"isthing": 0}):
+        other = LabelTable.from_coco([plain[0], {**plain[1], **change}, plain[2]])
+        assert "1 'person' (thing)" in table.difference(other)
+    assert table.difference(LabelTable.from_coco(plain[:2])) == "200 'rug' (stuff) against nothing"
+
+
+def test_many_categories_take_linear_time():
+    many = [{"id": i, "name": str(i), "isthing": 0} for i in range(100_000)]
+    assert len(LabelTable.from_coco(many)) == 100_000  # by comparing each with each: a quarter of an hour

@@ -16,6 +16,7 @@ from preprocessing import rgb_ids
 from preprocessing.layouts import read_index
 from preprocessing.source import Defect
 from preprocessing.validate import Findings, examine_index, histogram, main
+from tests.support.cases import made
 from tests.support.coco_folder import CocoFolder, cut
 
 MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
@@ -297,7 +298,7 @@ def test_splits_of_other_categories_cannot_be_used_together(coco: CocoFolder, tm
     assert main([str(coco.root), "--page", str(tmp_path / "page.html"), "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert "train2017, val2017 list different categories: " in out
-    assert "name='other'" in out
+    assert "1 'other' (thing) against 1 'disk' (thing)" in out
 
 
 @pytest.mark.parametrize(
@@ -345,3 +346,31 @@ def test_just_the_share_that_is_allowed_is_no_more_than_it(samples: int):
     findings = Findings(images=samples, usable=samples - samples // 100)
     assert findings.bad_share == 0.01
     assert Findings(images=samples - 1, usable=samples - samples // 100 - 1, rejected=1).bad_share > 0.01
+
+
+def validated(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = main([str(folder), "--page", str(folder / "page.html"), "--workers", "1"])
+    return code, capsys.readouterr().out
+
+
+def test_a_colour_that_one_split_lacks_is_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, out = validated(made("6-colour-missing-in-one-split", tmp_path), capsys)
+    assert code == 0
+    assert "can be trained on" in out
+
+
+def test_a_background_that_is_left_out_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, out = validated(made("14-background-as-void", tmp_path), capsys)
+    assert code == 0
+    assert out.count("80% of the pixels are void and no stuff is labelled: void means 'not labelled'") == 2
+
+
+def test_a_split_without_any_segment_cannot_be_used(coco: CocoFolder, tmp_path: Path, capsys):
+    with coco.editing() as content:
+        for entry in content["annotations"]:
+            entry["segments_info"] = []
+    for position in range(12):
+        coco.write_ids(position, np.zeros((48, 48), np.int32))
+    code, out = validated(coco.root, capsys)
+    assert code == 1
+    assert "train2017: every pixel is void, there is nothing to learn or to measure" in out

@@ -6,30 +6,35 @@ like any other.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from evaluation.bootstrap import Interval, difference_intervals
 from evaluation.compare import read_evaluation
-from infra import artifacts
+from evaluation.report import Finished, GroupPQ
+from infra import artifacts, records
 from infra.errors import TesseraError
+from infra.records import Count, Key
 from infra.store import Store, open_store
+from infra.text import shown
 
 FOLDER = "champion"
+_ENTRY = re.compile(rf"{FOLDER}/\d{{6,}}\.json")
 
 
 @dataclass(frozen=True)
 class Champion:
     """One entry."""
 
-    number: int
-    run: str
+    number: Count
+    run: Key
     """Folder of the finished run."""
-    evaluation: str
+    evaluation: Key
     """Folder of its evaluation; all entries of a line are evaluated on the same images."""
-    root: str
+    root: Key
     """Folder of the evaluation that the line began with: its run's recipe and data are what fine-tuning starts from."""
-    pq: dict[str, float | None]
+    pq: GroupPQ
     """By group, percent."""
     how: str
     """given, promoted, or rolled back."""
@@ -44,7 +49,7 @@ class Champion:
 
     def __str__(self) -> str:
         pq = "none" if (value := self.pq["all"]) is None else f"{value:.2f}"
-        return f"{self.number:3d}  {self.time}  PQ {pq}  {self.run}  {self.how}"
+        return f"{self.number:3d}  {shown(self.time)}  PQ {pq}  {shown(self.run)}  {shown(self.how)}"
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,38 @@ class Verdict:
 
 def history(store: Store) -> list[Champion]:
     """All entries, the first one first."""
-    return [Champion(**artifacts.read_json(store, entry.key)) for entry in store.list(f"{FOLDER}/")]
+    return [_read(store, key) for key in _keys(store)]
 
 
 def current(store: Store) -> Champion:
     """The champion. TesseraError if none was ever named."""
-    keys = [entry.key for entry in store.list(f"{FOLDER}/")]
+    keys = _keys(store)
     if not keys:
         raise TesseraError(
             f"{store.url}: no champion yet; name one: python -m pipelines.champion {store.url} --set <evaluation>"
         )
-    return Champion(**artifacts.read_json(store, keys[-1]))
+    return _read(store, keys[-1])
+
+
+def _keys(store: Store) -> list[str]:
+    """Of the entries, in their order; what else may lie there, as a .DS_Store, is none."""
+    return [entry.key for entry in store.list(f"{FOLDER}/") if _ENTRY.fullmatch(entry.key)]
+
+
+def _read(store: Store, key: str) -> Champion:
+    found = records.read(store, key, Champion)
+    if key != _key(found.number):
+        raise TesseraError(f"{store.url_for(key)}: it says that it is number {found.number}")
+    return found
+
+
+def _key(number: int) -> str:
+    return f"{FOLDER}/{number:06d}.json"
 
 
 def follow(store: Store, entry: Champion) -> bool:
     """Add the entry, if no other one has its number yet: True for exactly one of all that try."""
-    return store.create(f"{FOLDER}/{entry.number:06d}.json", json.dumps(asdict(entry), indent=1).encode())
+    return store.create(_key(entry.number), json.dumps(asdict(entry), indent=1).encode())
 
 
 def give(store: Store, evaluation: str) -> Champion:
@@ -149,9 +170,9 @@ def _added(store: Store, entry: Champion) -> Champion:
 
 
 def _entry(store: Store, path: str, root: str, number: int, how: str, by: str | None) -> Champion:
-    manifest = artifacts.read_manifest(store, path)
+    manifest = artifacts.read_manifest(store, path, Finished)
     assert manifest is not None  # it was read before
-    return Champion(number, manifest["run"], path, root, manifest["pq"], how, by, _now())
+    return Champion(number, manifest.run, path, root, manifest.pq, how, by, _now())
 
 
 def _now() -> str:

@@ -1,15 +1,37 @@
 """Predictions in COCO's panoptic format: an entry of the JSON's `annotations` and an RGB-id PNG."""
 
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from infra.errors import TesseraError
+from infra.records import Count
 from preprocessing import rgb_ids
 from preprocessing.export import segments_info
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
+
+
+class SegmentInfo(TypedDict):
+    """A segment of such an entry, as `annotation` writes it."""
+
+    id: Annotated[int, Field(gt=0, lt=1 << 24)]
+    category_id: Count
+    area: Count
+    bbox: Annotated[list[Count], Field(min_length=4, max_length=4)]
+    iscrowd: Literal[0, 1]
+    isthing: NotRequired[Literal[0, 1]]
+
+
+class Annotation(TypedDict):
+    """An entry of `annotations`, as `annotation` writes it."""
+
+    image_id: Count
+    file_name: str
+    segments_info: list[SegmentInfo]
 
 
 def annotation(panoptic: PanopticMap, labels: LabelTable, image_id: int, file_name: str) -> dict[str, Any]:
@@ -31,7 +53,7 @@ def annotation(panoptic: PanopticMap, labels: LabelTable, image_id: int, file_na
     }
 
 
-def read_map(data: bytes, entry: dict[str, Any], labels: LabelTable) -> PanopticMap:
+def read_map(data: bytes, entry: Annotation, labels: LabelTable) -> PanopticMap:
     """Inverse of `png` and `annotation`: ids 1..N in the order of the entry's segments, areas counted.
 
     Raises TesseraError for an unknown category, and ids that are only in the PNG.
@@ -47,7 +69,7 @@ def read_map(data: bytes, entry: dict[str, Any], labels: LabelTable) -> Panoptic
             raise TesseraError(
                 f"{entry['file_name']}: segment {row['id']} has the unknown category {row['category_id']}"
             )
-        segments.append(Segment(0, category, bool(labels.is_thing[category]), bool(row.get("iscrowd", 0))))
+        segments.append(Segment(0, category, bool(labels.is_thing[category]), bool(row["iscrowd"])))
     return PanopticMap(labels_HW.astype(np.int32), tuple(tabulate(segments, *measures)))
 
 

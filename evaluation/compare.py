@@ -11,17 +11,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from evaluation import plots
 from evaluation.bootstrap import Interval, Table, difference_intervals, image_pq
-from evaluation.coco_format import read_map
-from evaluation.evaluate import load_samples
-from evaluation.pq import PQStats
-from evaluation.report import GROUPS, category_rows, page, percent
-from infra import artifacts
+from evaluation.coco_format import Annotation, read_map
+from evaluation.evaluate import load_samples, read_images
+from evaluation.report import GROUPS, Finished, category_rows, page, percent
+from evaluation.summary import read_summary
+from infra import artifacts, records
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from infra.version import code_version
@@ -31,8 +31,10 @@ from preprocessing.sample import Sample, decode_image
 from preprocessing.shards import ShardSet, read_set
 from training.metrics import read_metrics, worker_hours
 from training.recipes import PUBLISHED
+from training.run import RunFacts
 
 _DRAWN = 6
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,22 @@ def read_evaluation(url: str) -> Evaluated:
     """From the store alone. TesseraError if there is no finished evaluation or its run or data set is gone."""
     root, path = artifacts.split_url(url, "evaluate")
     store = open_store(root)
-    manifest = _manifest(store, path)
-    run, val_set = _manifest(store, manifest["run"]), read_set(store, manifest["val_set"])
+    manifest = _manifest(store, path, Finished)
+    run, val_set = _manifest(store, manifest.run, RunFacts), read_set(store, manifest.val_set)
     if val_set is None:
-        raise TesseraError(f"{url}: its data set {manifest['val_set']} has no manifest any more")
-    by_image = {
-        int(i): PQStats.from_sparse_json(rows, len(val_set.labels))
-        for i, rows in artifacts.read_json(store, f"{path}/images.json").items()
-    }
-    hours = worker_hours(read_metrics(store, manifest["run"]), run["recipe"]["train"]["batch"])
-    summary, options = artifacts.read_json(store, f"{path}/report.json"), _flat(run["recipe"])
-    options |= _flat(manifest["decode"], "method.decode.")  # another than the run's, where it was evaluated again
-    return Evaluated(manifest["recipe"], store, path, summary, Table.of(by_image), val_set, options, hours)
+        raise TesseraError(f"{url}: its data set {manifest.val_set} has no manifest any more")
+    table = Table.of(read_images(store, path, val_set.labels))
+    hours = worker_hours(read_metrics(store, manifest.run), run.batch(store.url_for(manifest.run)))
+    summary, options = read_summary(store, path), _flat(run.recipe)
+    same = {*summary["images"]} == {*map(str, table.image_ids)}
+    if not same or len(summary["pq"]["per_category"]) != len(val_set.labels):
+        raise TesseraError(f"{url}: its report.json is of other images or categories than its images.json")
+    options |= _flat(manifest.decode, "method.decode.")  # another than the run's, where it was evaluated again
+    return Evaluated(manifest.recipe, store, path, summary, table, val_set, options, hours)
 
 
-def _manifest(store: Store, path: str) -> dict[str, Any]:
-    content = artifacts.read_manifest(store, path)
+def _manifest(store: Store, path: str, kind: type[T]) -> T:
+    content = artifacts.read_manifest(store, path, kind)
     if content is None:
         raise TesseraError(f"{store.url_for(path)}: not finished, or not there")
     return content
@@ -166,9 +168,16 @@ def draw(rows: Sequence[Row], image_ids: Sequence[int]) -> dict[int, dict[str, s
     return {i: _pictures(rows, samples[i], [of_run[i] for of_run in predicted]) for i in image_ids}
 
 
+@dataclass(frozen=True)
+class _Predictions:
+    annotations: tuple[Annotation, ...]
+
+
 def _predictions(one: Evaluated, image_ids: Sequence[int]) -> dict[int, PanopticMap]:
-    listed = artifacts.read_json(one.store, f"{one.path}/predictions.json")["annotations"]
+    listed = records.read(one.store, f"{one.path}/predictions.json", _Predictions).annotations
     entries = {entry["image_id"]: entry for entry in listed if entry["image_id"] in image_ids}
+    if lost := {*image_ids} - entries.keys():
+        raise TesseraError(f"{one.store.url_for(one.path)}/predictions.json: image {min(lost)} is not in it")
     pngs = {i: one.store.read(f"{one.path}/predictions/{entry['file_name']}") for i, entry in entries.items()}
     return {i: read_map(pngs[i], entry, one.val_set.labels) for i, entry in entries.items()}
 

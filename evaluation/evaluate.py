@@ -6,17 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from evaluation import coco_format
 from evaluation.bootstrap import Table, image_pq
-from evaluation.measures import Score, measure_image
-from evaluation.pq import PQStats
-from infra import artifacts
+from evaluation.coco_format import Annotation
+from evaluation.measures import Score, ScoreRecord, measure_image
+from evaluation.pq import PQStats, SparseStats
+from infra import artifacts, records
 from infra.errors import TesseraError
-from infra.store import open_store
+from infra.store import Store, open_store
 from preprocessing.labels import LabelTable
 from preprocessing.pictures import Picture, encode_png, panoptic_overlay
 from preprocessing.sample import Sample, decode_image, from_fields
@@ -84,7 +85,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     name = job.shard.key.rsplit("/", 1)[-1].removesuffix(".tar")
     key = f"{job.path}/shards/{name}.json"
     if store.exists(key):
-        return _from_json(artifacts.read_json(store, key))
+        return read_score(store, key, len(job.labels), job.shard.image_ids)
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
     for samples in load_samples(job.store_url, job.shard, method.images_at_once):
@@ -171,7 +172,36 @@ def _to_json(score: ShardScore) -> dict[str, Any]:
     return {"score": score.score.to_json(), "by_image": by_image, "annotations": score.annotations}
 
 
-def _from_json(content: dict[str, Any]) -> ShardScore:
-    score = Score.from_json(content["score"])
-    by_image = {int(i): PQStats.from_sparse_json(rows, len(score.pq)) for i, rows in content["by_image"].items()}
-    return ShardScore(score, by_image, tuple(content["annotations"]))
+@dataclass(frozen=True)
+class _Record:
+    """A ShardScore's."""
+
+    score: ScoreRecord
+    by_image: dict[int, SparseStats]
+    annotations: tuple[Annotation, ...]
+
+
+def read_score(store: Store, key: str, categories: int, image_ids: Sequence[int]) -> ShardScore:
+    """The record of a shard's score. TesseraError, naming its URL, if it is damaged, or of other images."""
+    found = records.read(store, key, _Record)
+    ids = [*image_ids]
+    if [*found.by_image] != ids or [entry["image_id"] for entry in found.annotations] != ids:
+        raise TesseraError(f"{store.url_for(key)}: it is not of the images of its shard; delete it to count them anew")
+    try:
+        score = Score.from_json(found.score)
+        by_image = {i: PQStats.from_sparse_json(rows, categories) for i, rows in found.by_image.items()}
+        if not sum(by_image.values(), PQStats.zero(categories)).equals(score.pq):
+            raise TesseraError("its images do not add up to its sums")
+    except TesseraError as error:
+        raise TesseraError(f"{store.url_for(key)}: {error}; delete it to count its images anew") from error
+    return ShardScore(score, by_image, tuple(cast(dict[str, Any], entry) for entry in found.annotations))
+
+
+def read_images(store: Store, path: str, labels: LabelTable) -> dict[int, PQStats]:
+    """The statistics by image of the evaluation at `path`. TesseraError, naming their URL, if they are damaged."""
+    key = f"{path}/images.json"
+    found = records.read(store, key, dict[int, SparseStats])
+    try:
+        return {i: PQStats.from_sparse_json(rows, len(labels)) for i, rows in found.items()}
+    except TesseraError as error:
+        raise TesseraError(f"{store.url_for(key)}: {error}") from error

@@ -3,7 +3,6 @@
 Axis letters as in `pq`: N ground-truth segments, M predicted ones, C categories, S sizes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import hypot
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 from evaluation.pq import (
     IOU_UNIT,
     PQStats,
+    StatsRecord,
+    Units,
     categories_of,
     crowds_of,
     ious,
@@ -24,6 +25,8 @@ from evaluation.pq import (
     sorted_ids,
     tally,
 )
+from infra.errors import TesseraError
+from infra.records import Count
 from preprocessing.kernels import MAX_RADIUS, UNKNOWN, relabel, squared_distance
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
@@ -89,14 +92,35 @@ class Score:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Score":
-        """Inverse of to_json, exact."""
-        confusion = np.zeros((content["categories"], content["categories"] + 1), np.int64)
-        for true, predicted, pixels in content["confusion"]:
+    def from_json(cls, content: "ScoreRecord") -> "Score":
+        """Inverse of to_json, exact. TesseraError if its parts are not of one number of categories."""
+        c = len(content.pq.tp)
+        stats = content.pq, content.boundary, content.agnostic, content.sized
+        lengths = [*(len(part.tp) for part in stats), len(content.instance_iou_units), len(content.instances)]
+        if [content.categories, *lengths] != [c, c, c, 1, SIZES * c, SIZES, SIZES]:
+            raise TesseraError(f"sums of {content.categories} categories with parts of {lengths}")
+        confusion = np.zeros((c, c + 1), np.int64)
+        for true, predicted, pixels in content.confusion:
+            if true >= c or predicted > c:
+                raise TesseraError(f"confusions of the categories {true} and {predicted} of {c}")
             confusion[true, predicted] = pixels
-        pq, boundary, agnostic, sized = (PQStats.from_json(content[name]) for name in _STATS)
-        units = tuple(int(value) for value in content["instance_iou_units"])
-        return cls(pq, boundary, agnostic, sized, units, np.array(content["instances"], np.int64), confusion)
+        pq, boundary, agnostic, sized = map(PQStats.from_json, stats)
+        units = tuple(int(value) for value in content.instance_iou_units)
+        return cls(pq, boundary, agnostic, sized, units, np.array(content.instances, np.int64), confusion)
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """What Score.to_json gives."""
+
+    pq: StatsRecord
+    boundary: StatsRecord
+    agnostic: StatsRecord
+    sized: StatsRecord
+    instance_iou_units: list[Units]
+    instances: list[Count]
+    categories: Count
+    confusion: list[tuple[Count, Count, Count]]
 
 
 _STATS = ("pq", "boundary", "agnostic", "sized")

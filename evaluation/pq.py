@@ -8,19 +8,37 @@ N rows of the ground truth's table, M rows of the prediction's; C categories (co
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from pydantic import Field
 
 from infra.errors import TesseraError
+from infra.records import Count
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment
 
 # A matched IoU lies in (0.5, 1], where neighbouring float64 are 2^-53 apart: counted in that unit it is an
 # integer, and sums of integers lose nothing. Python's integers, because int64 overflows at 1024 matches.
 IOU_UNIT = 2**53
+
+
+Units = Annotated[str, Field(pattern="^[0-9]{1,40}$")]
+"""An IoU in JSON: many readers cut integers at 53 or 64 bits."""
+SparseStats = dict[Count, tuple[Units, Count, Count, Count]]
+"""What PQStats.to_sparse_json gives."""
+
+
+@dataclass(frozen=True)
+class StatsRecord:
+    """What PQStats.to_json gives."""
+
+    iou_units: list[Units]
+    tp: list[Count]
+    fp: list[Count]
+    fn: list[Count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +64,11 @@ class PQStats:
         return cls(np.full(categories, 0, object), tp, fp, fn)
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Sequence[Any]]) -> "PQStats":
-        """Inverse of to_json, exact."""
-        tp, fp, fn = (np.array(content[name], np.int64) for name in ("tp", "fp", "fn"))
-        return cls(np.array([int(units) for units in content["iou_units"]], object), tp, fp, fn)
+    def from_json(cls, content: "StatsRecord") -> "PQStats":
+        """Inverse of to_json, exact. TesseraError for sums that cannot be."""
+        tp, fp, fn = (np.array(counts, np.int64) for counts in (content.tp, content.fp, content.fn))
+        units_C = np.array([int(units) for units in content.iou_units], object)
+        return cls(units_C, tp, fp, fn)._checked()
 
     def to_json(self) -> dict[str, list[Any]]:
         """Lists by name. IoU units are strings: many JSON readers cut integers at 53 or 64 bits."""
@@ -62,14 +81,30 @@ class PQStats:
         return {str(c): [str(self.iou_units[c]), *(int(n[c]) for n in (self.tp, self.fp, self.fn))] for c in occurs}
 
     @classmethod
-    def from_sparse_json(cls, rows: Mapping[str, Sequence[Any]], categories: int) -> "PQStats":
-        """Inverse of to_sparse_json, exact."""
+    def from_sparse_json(cls, rows: "SparseStats", categories: int) -> "PQStats":
+        """Inverse of to_sparse_json, exact. TesseraError for other categories, and for sums that cannot be."""
         stats = cls.zero(categories)
-        for name, (units, *counts) in rows.items():
-            stats.iou_units[int(name)] = int(units)
+        for place, (units, *counts) in rows.items():
+            if place >= categories:
+                raise TesseraError(f"PQ statistics of category {place} of {categories}")
+            stats.iou_units[place] = int(units)
             for array, count in zip((stats.tp, stats.fp, stats.fn), counts, strict=True):
-                array[int(name)] = count
-        return stats
+                array[place] = count
+        return stats._checked()
+
+    def _checked(self) -> "PQStats":
+        """Of each matched pair the IoU is above 0.5 and at most 1."""
+        if len({len(self.iou_units), len(self.tp), len(self.fp), len(self.fn)}) > 1:
+            raise TesseraError("PQ statistics that are not of as many categories each")
+        for units, pairs in zip(self.iou_units, self.tp.tolist(), strict=True):
+            if not pairs * IOU_UNIT <= 2 * units <= 2 * pairs * IOU_UNIT:
+                raise TesseraError(f"PQ statistics: {pairs} matches cannot have IoUs of {units / IOU_UNIT:g} in all")
+        return self
+
+    def equals(self, other: "PQStats") -> bool:
+        """Whether all sums are alike."""
+        names = ("iou_units", "tp", "fp", "fn")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
     @property
     def iou(self) -> NDArray[np.float64]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from typing_extensions import TypedDict
 
 from evaluation import plots
 from evaluation.evaluate import Scores
-from evaluation.summary import summary_of
+from evaluation.summary import read_summary, summary_of
 from infra import artifacts
+from infra.records import Count, Key, Percent
 from infra.store import open_store
 from infra.version import code_version
 from preprocessing.labels import LabelTable
@@ -23,6 +25,27 @@ from training.run import TrainedRun
 
 GROUPS = ("all", "things", "stuff")
 METRICS = ("pq", "sq", "rq")
+
+
+class GroupPQ(TypedDict):
+    """PQ, percent; None where no category of the group occurs."""
+
+    all: Percent | None
+    things: Percent | None
+    stuff: Percent | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the manifest of an evaluation says."""
+
+    recipe: str
+    """Its name."""
+    decode: dict[str, Any]
+    run: Key
+    val_set: Key
+    images: Count
+    pq: GroupPQ
 
 
 @dataclass(frozen=True)
@@ -49,11 +72,11 @@ class Gallery:
 def read_report(recipe: Recipe, store_url: str, path: str) -> Report | None:
     """The report at `path`, or None if it is not finished."""
     store = open_store(store_url)
-    manifest = artifacts.read_manifest(store, path)
+    manifest = artifacts.read_manifest(store, path, Finished)
     if manifest is None:
         return None
-    summary = artifacts.read_json(store, f"{path}/report.json")
-    return Report(store.url_for(f"{path}/report.html"), summary, to_markdown(recipe, summary, manifest["images"]))
+    summary = read_summary(store, path)
+    return Report(store.url_for(f"{path}/report.html"), summary, to_markdown(recipe, summary, manifest.images))
 
 
 def write_report(

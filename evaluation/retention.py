@@ -17,7 +17,6 @@ the store meanwhile.
 """
 
 import errno
-import json
 import re
 import time
 from collections import Counter
@@ -29,10 +28,12 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+from infra import records
 from infra.artifacts import MANIFEST
 from infra.errors import StoreError, TesseraError
 from infra.in_use import FOLDER as RUNNING
 from infra.in_use import Mark, running, surveying, sweeping
+from infra.records import Key
 from infra.store import Entry, Store
 from infra.text import shown
 
@@ -65,17 +66,77 @@ _CHECKPOINT = re.compile(rf"train/{_HASH}/checkpoints/\d+\.pt$")
 _UNIT = re.compile(
     rf"precompute/shards/{_HASH}(?=\.(tar|json)$)|(train|evaluate|retrain)/{_HASH}(?=/|$)|{_PROBE.pattern}"
 )
-_REFERS = re.compile(rf"(?!inbox/|quarantine/).*/{MANIFEST}$|retrain/[^/]+/plan\.json$|(champion|names)/")
-_FIELDS = {
-    "data sets": ("shards",),
-    "runs": ("train_set",),
-    "reports": ("run", "val_set"),
-    "rounds": ("evaluations",),
-    "grids": ("runs", "evaluations"),
-    "champions": ("run", "evaluation", "root"),
-    "names": ("run",),
+_REFERS = re.compile(
+    rf"(?!inbox/|quarantine/).*/{MANIFEST}$|retrain/[^/]+/plan\.json$"
+    r"|champion/\d{6,}\.json$|names/train/[^/.][^/]*\.json$"
+)
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    key: Key
+
+
+@dataclass(frozen=True)
+class _Set:
+    shards: tuple[_Keyed, ...]
+
+
+@dataclass(frozen=True)
+class _Run:
+    train_set: Key
+    init: Key | None = None
+    best_of: Key | None = None
+
+
+@dataclass(frozen=True)
+class _Report:
+    run: Key
+    val_set: Key
+
+
+@dataclass(frozen=True)
+class _Plan:
+    train_set: Key
+    init: Key
+    run: Key
+
+
+@dataclass(frozen=True)
+class _Round:
+    evaluations: tuple[Key, ...]
+    round: _Plan | None = None
+    evaluation: Key | None = None
+
+
+@dataclass(frozen=True)
+class _Grid:
+    runs: tuple[Key, ...]
+    evaluations: tuple[Key, ...]
+
+
+@dataclass(frozen=True)
+class _Champion:
+    run: Key
+    evaluation: Key
+    root: Key
+
+
+@dataclass(frozen=True)
+class _Name:
+    run: Key
+
+
+_READ: dict[str, type] = {
+    "precompute": _Set,
+    "train": _Run,
+    "evaluate": _Report,
+    "retrain": _Round,
+    "ablate": _Grid,
+    "champion": _Champion,
+    "names": _Name,
 }
-_PLAN_FIELDS = ("train_set", "init", "run")
+"""What must be said, by folder, in an object that refers to others."""
 
 
 @dataclass(frozen=True)
@@ -205,18 +266,12 @@ def _named(store: Store, keys: Sequence[str]) -> set[str]:
 
 def _named_by(store: Store, key: str) -> set[str]:
     """Any text in it that is a unit's key counts, whatever the field: rather keep too much."""
+    data, url = store.read(key), store.url_for(key)
     try:
-        content = json.loads(store.read(key))
-    except ValueError as error:
-        raise TesseraError(f"{store.url_for(key)}: expected JSON: {error}; nothing was deleted") from error
-    fields = _PLAN_FIELDS if key.endswith("/plan.json") else _FIELDS.get(kind_of(key), ())
-    known = isinstance(content, dict) and all(name in content for name in fields)
-    if known and kind_of(key) == KINDS["precompute"]:
-        rows = content["shards"]
-        known = isinstance(rows, list) and all(isinstance(row, dict) and "key" in row for row in rows)
-    if not known:
-        expected = f"an object with {' and '.join(fields)}" if fields else "an object"
-        raise TesseraError(f"{store.url_for(key)}: expected {expected}, as Tessera writes it; nothing was deleted")
+        records.parse(_Plan if key.endswith("/plan.json") else _READ.get(key.partition("/")[0], dict), data, url)
+        content = records.parse(dict[str, Any], data, url)
+    except TesseraError as error:
+        raise TesseraError(f"{error}; nothing was deleted") from error
     return {unit for text in _texts(content) if (unit := _unit(text.removeprefix(f"{store.url}/")))}
 
 

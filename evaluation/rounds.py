@@ -12,8 +12,10 @@ from typing import Any
 
 from evaluation.champion import Champion, Verdict, history, judge, promote
 from evaluation.compare import compare, read_evaluation, to_html
-from infra import artifacts
+from evaluation.report import Finished, GroupPQ
+from infra import artifacts, records
 from infra.errors import TesseraError
+from infra.records import Count, Key
 from infra.store import Store
 
 SCHEMA_VERSION = 1
@@ -25,16 +27,16 @@ log = logging.getLogger("tessera.retrain")
 class Round:
     """What a round starts from."""
 
-    path: str
+    path: Key
     """Its folder."""
-    root: str
+    root: Key
     """Folder of the evaluation that the line began with."""
-    train_set: str
-    champion: int
+    train_set: Key
+    champion: Count
     """Number of the champion at its beginning."""
-    init: str
+    init: Key
     """Folder of the run whose weights the challenger starts with: that champion's."""
-    run: str
+    run: Key
     """The challenger's folder."""
     uploads: tuple[str, ...]
     """Titles of the accepted uploads, by then."""
@@ -47,7 +49,7 @@ class Outcome:
     round: Round
     evaluation: str
     """Folder of the challenger's evaluation."""
-    pq: dict[str, float | None]
+    pq: GroupPQ
     """The challenger's, by group, percent."""
     verdict: Verdict
     promoted: int | None
@@ -66,8 +68,10 @@ def begin(store: Store, planned: Round) -> Round:
     key = f"{planned.path}/plan.json"
     if store.create(key, json.dumps(asdict(planned), indent=1).encode()):
         return planned
-    content = artifacts.read_json(store, key)
-    return Round(**content | {"uploads": tuple(content["uploads"])})
+    found = records.read(store, key, Round)
+    if (found.path, found.root, found.train_set) != (planned.path, planned.root, planned.train_set):
+        raise TesseraError(f"{store.url_for(key)}: it is the plan of another round, {found.path}")
+    return found
 
 
 def settle(
@@ -86,7 +90,7 @@ def settle(
     while True:
         entries = history(store)
         won = next((e for e in entries if e.run == begun.run and e.number > begun.champion), None)
-        against = entries[-1] if won is None else entries[won.number - 2]
+        against = entries[-1] if won is None else entries[entries.index(won) - 1]
         if against.root != begun.root:
             raise TesseraError(
                 f"{store.url}: champion {against.number} begins another line; what was trained for the one before is "
@@ -108,10 +112,10 @@ def finish(
     page = f"{begun.path}/compare.html"
     rows = compare([read_evaluation(store.url_for(path)) for path in (beaten, challenger)])
     store.write(page, to_html(rows).encode())
-    manifest = artifacts.read_manifest(store, challenger)
+    manifest = artifacts.read_manifest(store, challenger, Finished)
     assert manifest is not None  # it was compared
     number = None if promoted is None else promoted.number
-    outcome = Outcome(begun, challenger, manifest["pq"], verdict, number, page)
+    outcome = Outcome(begun, challenger, manifest.pq, verdict, number, page)
     content = asdict(outcome) | {"runs": [begun.run], "evaluations": [beaten, challenger]}
     artifacts.write_manifest(store, begun.path, content)
     return outcome

@@ -1,16 +1,108 @@
 """One evaluation in figures, ready for JSON: what reports and comparisons show."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from evaluation.bootstrap import Table, image_pq, intervals
 from evaluation.evaluate import Scores
 from evaluation.measures import SIZES, Score, iou_by_size, semantic_iou, size_names
 from evaluation.pq import PQStats, summarise
+from infra import records
+from infra.errors import TesseraError
+from infra.records import Count, Percent
+from infra.store import Store
 from preprocessing.labels import LabelTable
 
 _CONFUSIONS = 20
+_Figure = Percent | None
+
+
+class _Groups(TypedDict):
+    all: _Figure
+    things: _Figure
+    stuff: _Figure
+
+
+class _Measure(_Groups):
+    per_category: dict[str, _Figure]
+
+
+class _Counts(TypedDict):
+    tp: Count
+    fp: Count
+    fn: Count
+
+
+class _GroupCounts(_Counts):
+    categories: Count
+
+
+class _AllCounts(TypedDict):
+    all: _GroupCounts
+    things: _GroupCounts
+    stuff: _GroupCounts
+    per_category: dict[str, _Counts]
+
+
+class _Intervals(TypedDict):
+    all: tuple[Percent, Percent] | None
+    things: tuple[Percent, Percent] | None
+    stuff: tuple[Percent, Percent] | None
+
+
+class _Agnostic(TypedDict):
+    pq: _Figure
+    sq: _Figure
+    rq: _Figure
+
+
+class _Semantic(TypedDict):
+    miou: _Figure
+    per_category: list[_Figure]
+
+
+class _Size(TypedDict):
+    size: str
+    instances: Count
+    iou: _Figure
+    pq: _Groups
+
+
+class _Confusion(TypedDict):
+    truth: str
+    predicted: str
+    of_truth: Percent
+    of_all: Percent
+
+
+class _Summary(TypedDict):
+    pq: _Measure
+    sq: _Measure
+    rq: _Measure
+    counts: _AllCounts
+    intervals: _Intervals
+    boundary: _Groups
+    agnostic: _Agnostic
+    semantic: _Semantic
+    sizes: list[_Size]
+    confusions: list[_Confusion]
+    images: dict[int, _Figure]
+
+
+def read_summary(store: Store, path: str) -> dict[str, Any]:
+    """What `summary_of` gave, as the evaluation at `path` has it. TesseraError, naming its URL, for anything else."""
+    key = f"{path}/report.json"
+    found = records.read(store, key, _Summary)
+    names = [*found["pq"]["per_category"]]
+    others = [[*found["sq"]["per_category"]], [*found["rq"]["per_category"]], [*found["counts"]["per_category"]]]
+    sizes = [row["size"] for row in found["sizes"]]
+    if any(other != names for other in others) or len(found["semantic"]["per_category"]) != len(names):
+        raise TesseraError(f"{store.url_for(key)}: its figures are not all of the same categories")
+    if sizes != size_names():
+        raise TesseraError(f"{store.url_for(key)}: its sizes are {sizes}, expected {size_names()}")
+    return cast(dict[str, Any], found | {"images": {str(i): pq for i, pq in found["images"].items()}})
 
 
 def summary_of(scores: Scores, labels: LabelTable) -> dict[str, Any]:

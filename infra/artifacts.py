@@ -8,12 +8,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
+from infra import records
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 
 
 def digest(*facts: Any) -> str:
@@ -35,18 +37,15 @@ def split_url(url: str, step: str) -> tuple[str, str]:
     return root, f"{step}/{name}"
 
 
-def read_manifest(store: Store, path: str) -> dict[str, Any] | None:
-    """The manifest of a finished step, or None."""
+@overload
+def read_manifest(store: Store, path: str) -> dict[str, Any] | None: ...
+@overload
+def read_manifest(store: Store, path: str, kind: type[T]) -> T | None: ...
+def read_manifest(store: Store, path: str, kind: Any = dict[str, Any]) -> Any:
+    """The manifest of a finished step, read as `kind` (records.parse), or None. TesseraError, naming its URL, for one
+    that is damaged or another."""
     key = f"{path}/{MANIFEST}"
-    return read_json(store, key) if store.exists(key) else None
-
-
-def read_json(store: Store, key: str) -> Any:
-    """The content of a JSON that one of our steps wrote. TesseraError, naming its URL, if it is none."""
-    try:
-        return json.loads(store.read(key))
-    except (RecursionError, ValueError) as error:
-        raise TesseraError(f"{store.url_for(key)}: damaged, expected JSON ({error})") from error
+    return records.read(store, key, kind) if store.exists(key) else None
 
 
 def write_manifest(store: Store, path: str, content: dict[str, Any]) -> None:

@@ -6,17 +6,30 @@ their dotted name. No other code of ours takes apart a JSON of the store.
 """
 
 import json
+import re
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from infra.errors import TesseraError
 from infra.store import Store
 from infra.text import quoted
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""Of objects, pixels, bytes, images; ids are counts, too."""
+Amount = Annotated[float, Field(ge=0, lt=1e15)]
+"""Seconds, hours, rates."""
+Percent = Annotated[float, Field(ge=-1e-6, le=100 + 1e-6)]
+"""With room for rounding."""
+Key = Annotated[str, Field(pattern=r"^[^/\p{C}]+(/[^/\p{C}]+)+$", max_length=1000)]
+"""Of an object or a folder, under the store's root."""
+
 T = TypeVar("T")
+_LONE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
+"""Of the escapes of a JSON those of half a character: names that are no UTF-8 have them, and no other reader takes them.
+They are read as `shown` writes them."""
 _NAMED = 3
 """Of many problems in one JSON, so many are named."""
 
@@ -25,8 +38,10 @@ def parse(kind: type[T], data: bytes | str, source: str) -> T:
     """JSON -> the dataclass (or any other type that pydantic knows), checked as its annotations say.
 
     Tuples are lists in JSON; nothing else is converted: 1.9, "1" and true are no integers, NaN is no number. source:
-    what errors call the JSON. Raises TesseraError: no JSON, another shape, a missing field, a value of another type.
+    what errors call the JSON. Raises TesseraError: no JSON, another shape, a missing field, a value of another type, or
+    what the dataclass says of its values.
     """
+    data = _LONE.sub(lambda found: b"\\" + found[0] if found[1] else found[0], _bytes(data))
     try:
         from_json(data, allow_inf_nan=False)
         hashable: Any = kind  # mypy holds no type for one
@@ -35,6 +50,8 @@ def parse(kind: type[T], data: bytes | str, source: str) -> T:
         raise TesseraError(f"{source}: {_told(error)}") from error
     except ValueError as error:
         raise TesseraError(f"{source}: damaged, expected JSON ({error})") from error
+    except TesseraError as error:  # a dataclass's own checks
+        raise TesseraError(f"{source}: {error}") from error
     return found
 
 
@@ -46,6 +63,10 @@ def restore(kind: type[T], value: Any, source: str) -> T:
 def read(store: Store, key: str, kind: type[T]) -> T:
     """As `parse`, of an object on the store, which errors name by its URL. Raises StoreError, too."""
     return parse(kind, store.read(key), store.url_for(key))
+
+
+def _bytes(data: bytes | str) -> bytes:
+    return data.encode(errors="surrogatepass") if isinstance(data, str) else data
 
 
 @cache

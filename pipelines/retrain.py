@@ -31,7 +31,7 @@ from preprocessing.ray_inbox import take_in
 from preprocessing.shards import ShardSet, join, read_set
 from training.ray_train import run_training
 from training.recipe import Recipe
-from training.run import TrainedRun, read_run, start_weights
+from training.run import RunFacts, TrainedRun, read_run, start_weights
 
 log = logging.getLogger("tessera.flow")
 
@@ -154,8 +154,9 @@ def idle(job: Retrain, line: Line) -> str:
     path = rounds.round_path(job.settings, line.champion.root, train_set)
     if artifacts.read_manifest(store, path) is not None:
         return f"nothing new: all that was accepted has been tried with these settings, {store.url_for(path)}"
-    trained = (artifacts.read_manifest(store, line.champion.run) or {}).get("train_set")
-    if trained == train_set and not store.exists(f"{path}/plan.json"):  # or a round was killed after its promotion
+    trained = artifacts.read_manifest(store, line.champion.run, RunFacts)
+    begun = store.exists(f"{path}/plan.json")  # by a round that was killed after its promotion
+    if trained is not None and trained.train_set == train_set and not begun:
         return f"nothing new: champion {line.champion.number} was trained on all that was accepted"
     return ""
 

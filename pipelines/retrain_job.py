@@ -1,18 +1,22 @@
 """What retrain is asked to do, and what it starts from."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, PositiveFloat
 
 from evaluation.champion import Champion, current
-from infra import artifacts
+from evaluation.report import Finished
+from infra import artifacts, records
 from infra.errors import TesseraError
 from infra.store import Store
 from pipelines.jobs import TrainingJob
 from preprocessing import layouts
 from preprocessing.shards import ShardSet, read_set
 from training.recipe import Recipe
+from training.run import RunFacts
+
+T = TypeVar("T")
 
 
 class Retrain(TrainingJob):
@@ -66,24 +70,26 @@ class Line:
 def read_line(store: Store) -> Line:
     """The line of today's champion. TesseraError if there is none, or something that it names is gone."""
     champion = current(store)
-    root = _manifest(store, champion.root)
-    run = _manifest(store, root["run"])
-    return Line(champion, _recipe(run, root), _set(store, run["train_set"]), _set(store, root["val_set"]))
+    root = _manifest(store, champion.root, Finished)
+    run = _manifest(store, root.run, RunFacts)
+    url = store.url_for(root.run)
+    return Line(champion, _recipe(run, root, url), _set(store, run.train_set), _set(store, root.val_set))
 
 
 def decoded(store: Store, champion: Champion) -> Recipe:
     """Recipe of a champion's run with the decoding of its evaluation."""
-    return _recipe(_manifest(store, champion.run), _manifest(store, champion.evaluation))
+    run, evaluation = _manifest(store, champion.run, RunFacts), _manifest(store, champion.evaluation, Finished)
+    return _recipe(run, evaluation, store.url_for(champion.run))
 
 
-def _recipe(run: dict[str, Any], evaluation: dict[str, Any]) -> Recipe:
+def _recipe(run: RunFacts, evaluation: Finished, url: str) -> Recipe:
     """A run's, with an evaluation's decoding as it was written: 6 for 6.0 would be another evaluation."""
-    method = run["recipe"]["method"] | {"decode": evaluation["decode"]}
-    return Recipe.from_json(run["recipe"] | {"method": method})
+    method = records.restore(dict[str, Any], run.recipe.get("method"), f"{url}: the recipe's method")
+    return Recipe.from_json(run.recipe | {"method": method | {"decode": evaluation.decode}}, url)
 
 
-def _manifest(store: Store, path: str) -> dict[str, Any]:
-    content = artifacts.read_manifest(store, path)
+def _manifest(store: Store, path: str, kind: type[T]) -> T:
+    content = artifacts.read_manifest(store, path, kind)
     if content is None:
         raise TesseraError(f"{store.url_for(path)}: the champion refers to it, and it is not there")
     return content

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
-from infra import artifacts
+from infra import artifacts, records
 from infra.copying import WHOLE, counted
 from infra.errors import StoreError, TesseraError
 from infra.in_use import store_time
+from infra.records import Count, Key
 from infra.store import Entry, Store
 from infra.text import shown
 from preprocessing.labels import LabelTable
@@ -30,6 +32,7 @@ from preprocessing.validate import Findings, examine_index, to_html
 INBOX, DECISIONS, QUARANTINE = "inbox", "uploads", "quarantine"
 SETTLED = timedelta(minutes=1)
 """In an upload nothing may have changed for so long, by the store's clock."""
+_DECISION = re.compile(rf"{DECISIONS}/[^/]+/[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 log = logging.getLogger("tessera.inbox")
 
 
@@ -80,17 +83,21 @@ class Decision:
     state: Literal["accepted", "known", "quarantined", "withdrawn"]
     """known: all of its images were in the train set before. withdrawn: accepted once, and taken back by hand."""
     time: str
-    shards: str | None = None
+    shards: Key | None = None
     """Folder of its set of shards, if it was accepted."""
-    samples: int = 0
+    samples: Count = 0
     """Those that were new and good."""
-    known: int = 0
+    known: Count = 0
     """Those that were there before: left out, whatever is annotated now."""
     rejected: tuple[Rejected, ...] = ()
     reason: str | None = None
     """Why the whole of it is in quarantine."""
-    report: str | None = None
+    report: Key | None = None
     """Key of a page about what was set aside."""
+
+    def __post_init__(self) -> None:
+        if self.state == "accepted" and self.shards is None:
+            raise TesseraError("an accepted upload without shards")
 
     @property
     def title(self) -> str:
@@ -160,17 +167,17 @@ def _waits(store: Store, name: str, entries: Sequence[Entry], now: datetime | No
 
 def decisions(store: Store, line: str) -> dict[str, Decision]:
     """By Upload.title, all that a line has made."""
-    keys = [entry.key for entry in store.list(f"{DECISIONS}/{line}/")]
+    keys = [entry.key for entry in store.list(f"{DECISIONS}/{line}/") if _DECISION.fullmatch(entry.key)]
     with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the store
-        return {
-            key.split("/")[2].removesuffix(".json"): _read(text)
-            for key, text in zip(keys, pool.map(store.read, keys), strict=True)
-        }
+        found = pool.map(partial(_read, store), keys)
+        return {key.rpartition("/")[2].removesuffix(".json"): one for key, one in zip(keys, found, strict=True)}
 
 
-def _read(text: bytes) -> Decision:
-    content = json.loads(text)
-    return Decision(**content | {"rejected": tuple(Rejected(**row) for row in content["rejected"])})
+def _read(store: Store, key: str) -> Decision:
+    found = records.read(store, key, Decision)
+    if not key.endswith(f"-{found.version}.json"):
+        raise TesseraError(f"{store.url_for(key)}: it is the decision on another version, {found.version}")
+    return found
 
 
 def decide(store: Store, line: str, upload: Upload, page: str | None = None, **facts: Any) -> Decision:
@@ -182,12 +189,14 @@ def decide(store: Store, line: str, upload: Upload, page: str | None = None, **f
     key = f"{DECISIONS}/{line}/{upload.title}.json"
     if store.create(key, json.dumps(asdict(found), indent=1).encode()):
         return found
-    return _read(store.read(key))
+    return _read(store, key)
 
 
 def withdraw(store: Store, line: str, name: str) -> list[Decision]:
     """Take back all accepted versions of an upload: later rounds train without it. TesseraError if there is none."""
-    found = {t: d for t, d in decisions(store, line).items() if d.upload == name and d.state == "accepted"}
+    found = {
+        t: d for t, d in decisions(store, line).items() if shown(d.upload) == shown(name) and d.state == "accepted"
+    }
     if not found:
         raise TesseraError(f"{store.url}/{INBOX}/{name}: no accepted upload, nothing to withdraw")
     taken = {title: replace(decision, state="withdrawn") for title, decision in found.items()}

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Annotated, Any
 
 import webdataset as wds
+from pydantic import Field
 
-from infra import artifacts
+from infra import artifacts, records
 from infra.errors import TesseraError
+from infra.records import Count, Key
 from infra.store import Store, open_store
 from preprocessing.geometry import Size
 from preprocessing.kernels import MAX_RADIUS
@@ -52,14 +54,14 @@ class ShardConfig:
 class Shard:
     """One finished shard, as its record beside the tar and the manifest state it."""
 
-    key: str
+    key: Key
     """Key of the tar under the store's root; no object if every sample was rejected."""
-    records: tuple[int, ...]
+    records: tuple[Count, ...]
     """Image ids that it was made from."""
-    image_ids: tuple[int, ...]
+    image_ids: tuple[Count, ...]
     """Those that it holds, in the order of the tar."""
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     rejected: tuple[Rejected, ...]
 
 
@@ -77,6 +79,22 @@ class ShardSet:
     def samples(self) -> int:
         """Samples in all shards."""
         return sum(len(shard.image_ids) for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class _Schema:
+    schema: int
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Of a set's manifest."""
+
+    samples: Count
+    labels: list[dict[str, Any]]
+    config: ShardConfig
+    shards: tuple[Shard, ...]
+    rejected: tuple[Rejected, ...]
 
 
 @dataclass(frozen=True)
@@ -188,9 +206,9 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
             tar.write({"__key__": f"{record.image_id:012d}", **to_fields(sample)})
             image_ids.append(record.image_id)
     data = buffer.getvalue() if image_ids else b""
-    records = tuple(record.image_id for record in job.records)
+    made_from = tuple(record.image_id for record in job.records)
     sha256 = hashlib.sha256(data).hexdigest()
-    shard = Shard(job.key, records, tuple(image_ids), len(data), sha256, tuple(rejected))
+    shard = Shard(job.key, made_from, tuple(image_ids), len(data), sha256, tuple(rejected))
     if data:
         store.write(job.key, data)
     store.write(_record_key(job.key), json.dumps(asdict(shard)).encode())
@@ -200,7 +218,12 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
 def read_shard(store: Store, key: str) -> Shard | None:
     """The record of a finished shard, or None."""
     record = _record_key(key)
-    return _shard(artifacts.read_json(store, record)) if store.exists(record) else None
+    if not store.exists(record):
+        return None
+    found = records.read(store, record, Shard)
+    if found.key != key:
+        raise TesseraError(f"{store.url_for(record)}: it is the record of another shard, {found.key}")
+    return found
 
 
 def commit(
@@ -276,27 +299,19 @@ def check(result: ShardSet, bad_share: float) -> None:
 
 def read_set(store: Store, path: str) -> ShardSet | None:
     """The finished set at `path`, or None. TesseraError if another version has written it."""
+    url = store.url_for(f"{path}/{artifacts.MANIFEST}")
     content = artifacts.read_manifest(store, path)
     if content is None:
         return None
-    if content["schema"] != SCHEMA_VERSION:
-        url, schemas = store.url_for(path), f"schema {content['schema']}, this code reads {SCHEMA_VERSION}"
+    if (schema := records.restore(_Schema, content, url).schema) != SCHEMA_VERSION:
+        schemas = f"schema {schema}, this code reads {SCHEMA_VERSION}"
         raise TesseraError(f"{url}: written by another version ({schemas}); run precompute again")
-    grid = content["config"]["grid"]
-    return ShardSet(
-        path,
-        LabelTable.from_coco(content["labels"], path),
-        ShardConfig(**{**content["config"], "grid": grid and tuple(grid)}),
-        tuple(_shard(row) for row in content["shards"]),
-        tuple(Rejected(**row) for row in content["rejected"]),
-    )
+    found = records.restore(_Content, content, url)
+    result = ShardSet(path, LabelTable.from_coco(found.labels, url), found.config, found.shards, found.rejected)
+    if result.samples != found.samples:
+        raise TesseraError(f"{url}: its shards hold {result.samples} samples, it says {found.samples}")
+    return result
 
 
 def _record_key(key: str) -> str:
     return key.removesuffix(".tar") + ".json"
-
-
-def _shard(row: dict[str, Any]) -> Shard:
-    rejected = tuple(Rejected(**r) for r in row["rejected"])
-    ids = tuple(row["records"]), tuple(row["image_ids"])
-    return Shard(row["key"], *ids, row["bytes"], row["sha256"], rejected)

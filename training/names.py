@@ -1,11 +1,22 @@
 """Names of runs: a name belongs to one config, so that a rerun of a changed one cannot pass for the same run."""
 
 import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from infra import artifacts
+from infra import records
 from infra.errors import TesseraError
+from infra.records import Key
 from infra.store import Store
+from infra.text import quoted
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a name was given to."""
+
+    run: Key
+    facts: dict[str, Any]
 
 
 def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
@@ -16,11 +27,11 @@ def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
     key = _key(name)
     if not store.exists(key):
         return
-    known, now = _flat(artifacts.read_json(store, key)["facts"]), _flat(facts)
+    known, now = _flat(records.read(store, key, _Named).facts), _flat(facts)
     if facts.get("init") not in (None, known.get("init")):
         return
     differ = [
-        f"{field}: {known.get(field)!r} so far, {now.get(field)!r} now"
+        f"{field}: {quoted(known.get(field))} so far, {quoted(now.get(field))} now"
         for field in sorted(known.keys() | now.keys())
         if known.get(field) != now.get(field) and field.split(".")[0] in facts
     ]
@@ -33,8 +44,7 @@ def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
 
 def give(store: Store, name: str, run: str, facts: dict[str, Any]) -> None:
     """Give the name to the run at a folder, whoever had it."""
-    content = {"run": run, "facts": facts}
-    store.write(_key(name), json.dumps(content, indent=1).encode())
+    store.write(_key(name), json.dumps(asdict(_Named(run, facts)), indent=1).encode())
 
 
 def _key(name: str) -> str:

@@ -99,20 +99,21 @@ def run_training(
         log.info("recipe %s: %d steps of %s", recipe.name, recipe.train.steps(train_set.samples), told)
         started, board = time.monotonic(), ray.remote(Board).options(num_cpus=0, scheduling_strategy=_here()).remote()
         _train(TrainJob(recipe, store.url, train_set.path, path, init, crew, check, board), watch)
+        steps, seconds = recipe.train.steps(train_set.samples), time.monotonic() - started
         content = {
             "recipe": recipe,
             "train_set": train_set.path,
             "init": init,
-            "steps": recipe.train.steps(train_set.samples),
+            "steps": steps,
             "workers": crew.workers,
-            "seconds": time.monotonic() - started,
+            "seconds": seconds,
             "code": code_version(),
         }
         best = finish_best(store, path, content)
         if best is not None:
             log.info("best of the checked weights: PQ %.1f after step %d, %s", best["pq"], best["step"], best["run"])
         artifacts.write_manifest(store, path, content | {"best": best})
-        return TrainedRun.of(path, content)
+        return TrainedRun(path, steps, seconds)
 
 
 def _train(job: TrainJob, watch: Watch) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
-from infra import artifacts
+from infra import artifacts, records
 from infra.errors import TesseraError
 from preprocessing.geometry import Frame, Size
 from preprocessing.kernels import MAX_RADIUS
@@ -130,15 +130,15 @@ class Recipe:
             )
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
-        """Inverse of dataclasses.asdict and JSON, as runs' manifests hold recipes.
+    def from_json(cls, content: Mapping[str, Any], source: str = "recipe") -> "Recipe":
+        """Inverse of dataclasses.asdict and JSON, as runs' manifests hold recipes. source: what errors call it.
 
-        Raises TesseraError for one that another version has written, whose options differ from today's.
+        Raises TesseraError for one that another version has written, whose options differ from today's, or damage.
         """
         try:
             return _restored(cls, content)
-        except (KeyError, TypeError) as error:
-            raise TesseraError(f"a recipe of another version: {error}") from error
+        except (KeyError, TesseraError, TypeError) as error:
+            raise TesseraError(f"{source}: a recipe of another version, or damaged: {error}") from error
 
     def changed(self, options: Mapping[str, Any]) -> "Recipe":
         """The same recipe with other options, by dotted name: {"method.eds_distance": 0, "train.seed": 1}.
@@ -263,6 +263,7 @@ def _restored(types: Any, value: Any) -> Any:
             raise KeyError(f"no {' or '.join(k.__name__ for k in kinds)} has the fields {', '.join(sorted(value))}")
         hints = get_type_hints(kind)
         return kind(**{name: _restored(hints[name], part) for name, part in value.items()})
+    records.restore(types, value, "a value of it")  # as it is: 6 for 6.0 would be another run
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from infra import artifacts
+from infra import artifacts, records
 from infra.errors import TesseraError
+from infra.records import Amount, Count, Key
 from infra.store import Store, open_store
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import read_set
@@ -34,16 +35,35 @@ class TrainedRun:
     seconds: float
     """Of the last attempt, waiting for workers included."""
 
-    @classmethod
-    def of(cls, path: str, manifest: dict[str, Any]) -> "TrainedRun":
-        """From the manifest's content."""
-        return cls(path, manifest["steps"], manifest["seconds"])
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the manifest of a finished run says."""
+
+    recipe: dict[str, Any]
+    train_set: Key
+    steps: Count
+    seconds: Amount
+
+    def batch(self, url: str) -> int:
+        """Images a step. url: of the run, for errors."""
+        return records.restore(_Batched, self.recipe, url).train.batch
+
+
+@dataclass(frozen=True)
+class _Batch:
+    batch: Count
+
+
+@dataclass(frozen=True)
+class _Batched:
+    train: _Batch
 
 
 def read_run(store_url: str, path: str) -> TrainedRun | None:
     """The finished run at `path`, or None."""
-    content = artifacts.read_manifest(open_store(store_url), path)
-    return None if content is None else TrainedRun.of(path, content)
+    content = artifacts.read_manifest(open_store(store_url), path, RunFacts)
+    return None if content is None else TrainedRun(path, content.steps, content.seconds)
 
 
 def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None) -> tuple[Recipe, Method]:
@@ -54,11 +74,11 @@ def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None
     another version has written.
     """
     store = open_store(store_url)
-    content = artifacts.read_manifest(store, path)
+    content = artifacts.read_manifest(store, path, RunFacts)
     if content is None:
         raise TesseraError(f"{store.url_for(path)}: no finished run")
     labels = _labels_of(store, path, content)
-    recipe = Recipe.from_json(content["recipe"]).decoding(options or {})
+    recipe = Recipe.from_json(content.recipe, store.url_for(path)).decoding(options or {})
     return recipe, load_method(recipe, labels, store_url, path)
 
 
@@ -119,7 +139,7 @@ def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str)
     Raises TesseraError if there is no such run, or if its network is another one.
     """
     store = open_store(store_url)
-    content = artifacts.read_manifest(store, init)
+    content = artifacts.read_manifest(store, init, RunFacts)
     if content is None:
         raise TesseraError(f"{store.url_for(init)}: no finished run to start from")
     theirs = _labels_of(store, init, content)
@@ -151,14 +171,14 @@ def _with_one_more(labels: LabelTable) -> LabelTable:
 def labels_of(store_url: str, path: str) -> LabelTable:
     """The categories that the finished run at `path` knows. Raises TesseraError as `open_run` does."""
     store = open_store(store_url)
-    content = artifacts.read_manifest(store, path)
+    content = artifacts.read_manifest(store, path, RunFacts)
     if content is None:
         raise TesseraError(f"{store.url_for(path)}: no finished run")
     return _labels_of(store, path, content)
 
 
-def _labels_of(store: Store, path: str, manifest: dict[str, Any]) -> LabelTable:
-    shards = read_set(store, manifest["train_set"])
+def _labels_of(store: Store, path: str, manifest: RunFacts) -> LabelTable:
+    shards = read_set(store, manifest.train_set)
     if shards is None:
-        raise TesseraError(f"{store.url_for(path)}: its data set {manifest['train_set']} has no manifest any more")
+        raise TesseraError(f"{store.url_for(path)}: its data set {manifest.train_set} has no manifest any more")
     return shards.labels

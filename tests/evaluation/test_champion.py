@@ -10,6 +10,7 @@ import pytest
 
 from evaluation import champion
 from evaluation.champion import Champion, current, follow, give, go_back, history, judge, promote, resolve
+from evaluation.report import GroupPQ
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from preprocessing.shards import ShardConfig
@@ -17,6 +18,7 @@ from tests.support.retraining import VAL, Base, begin_line, evaluated, make_base
 from tests.support.shard_sets import make_set
 from training.recipes.generalist import debug
 
+PQ: GroupPQ = {"all": 1.0, "things": 1.0, "stuff": None}
 RACERS = 8
 
 
@@ -35,9 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Base]:
 
 
 def entry(number: int, run: str = "train/a", how: str = "promoted") -> Champion:
-    return Champion(
-        number, run, f"evaluate/of-{run[6:]}", "evaluate/root", {"all": 1.0}, how, None, "2026-01-01T00:00:00+00:00"
-    )
+    return Champion(number, run, f"evaluate/of-{run[6:]}", "evaluate/root", PQ, how, None, "2026-01-01T00:00:00+00:00")
 
 
 def named(store: Store, *runs: str) -> None:

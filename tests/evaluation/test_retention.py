@@ -112,7 +112,9 @@ def litter(folder: Path, store: Store) -> None:
         f"train/{GONE}/checkpoints/00000001.pt": b"1",
         f"train/{GONE}/metrics.parquet": b"m",
         f"train/{'1' * 16}/{WEIGHTS}": b"of a best checkpoint, without manifest",
-        f"retrain/{GONE}/plan.json": json.dumps({"train_set": "", "init": "", "run": ""}).encode(),
+        f"retrain/{GONE}/plan.json": json.dumps(
+            {"train_set": "precompute/-/-", "init": "train/-", "run": "train/-"}
+        ).encode(),
         f"probe-{'a' * 32}": b"tessera",
     }
     for key, data in alone.items():
@@ -297,7 +299,7 @@ def test_a_manifest_that_cannot_be_read_stops_it(tmp_path: Path, key: str):
     store.write(f"train/{GONE}/checkpoints/00000001.pt", b"")
     before = [*store.list()]
     for look in (lambda: survey(store, AT_ONCE), lambda: sweep(store, AT_ONCE, silent)):
-        with pytest.raises(TesseraError, match=f"{key}: expected .*nothing was deleted"):
+        with pytest.raises(TesseraError, match=f"{key}: .*nothing was deleted"):
             look()
     assert [*store.list()] == before
 
@@ -338,7 +340,9 @@ def test_any_graph(on_disk, old, listed, reports, finished, champions, compared,
         rows = [{"key": f"precompute/shards/{h}.tar"} for h in sorted(members)]
         objects[f"precompute/{KEPT}/{number:016x}/manifest.json"] = {"shards": rows}
     objects |= {f"evaluate/{h}/predictions/1.png": 0 for h in reports}
-    objects |= {f"evaluate/{h}/manifest.json": {"run": "", "val_set": ""} for h in reports & finished}
+    objects |= {
+        f"evaluate/{h}/manifest.json": {"run": "train/-", "val_set": "precompute/-/-"} for h in reports & finished
+    }
     for number, h in enumerate(champions, start=1):
         entry = Champion(number, f"train/{h}", f"evaluate/{h}", f"evaluate/{HASHES[0]}", {"all": 1.0}, "", None, "")
         objects[f"champion/{number:06d}.json"] = vars(entry)

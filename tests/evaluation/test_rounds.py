@@ -53,12 +53,14 @@ def test_a_round_is_begun_once_and_all_who_come_are_told_the_same(store: Store):
     def comes(number: int) -> Round:
         start.wait()
         titles = (f"up-{number}", "b-1")
-        return begin(store, Round("retrain/a", "evaluate/r", "precompute/f/s", number, f"train/{number}", "-", titles))
+        return begin(
+            store, Round("retrain/a", "evaluate/r", "precompute/f/s", number, f"train/{number}", "train/x", titles)
+        )
 
     with ThreadPoolExecutor(8) as pool:
         (told,) = {*pool.map(comes, range(8))}
     assert told.uploads == (f"up-{told.champion}", "b-1")
-    assert begin(store, Round("retrain/a", "else", "else", 99, "train/else", "else", ())) == told
+    assert begin(store, Round("retrain/a", "evaluate/r", "precompute/f/s", 99, "train/else", "train/y", ())) == told
 
 
 def test_a_round_has_its_own_place_by_settings_line_and_data():

@@ -76,6 +76,13 @@ def test_what_is_no_json_is_refused(data):
         records.parse(Outer, data, "s3://b/k.json")
 
 
+def test_half_a_character_is_read_as_it_is_shown():
+    """As names that are no UTF-8 have them; a text that looks like one stays as it is."""
+    for text in ("\udcff", "a\ud800b", "\\udcff", "\\\udcff", "😀", '"\\"', "\n\udcff"):
+        found = parse(GIVEN | {"named": text}).named
+        assert found == "".join(c.encode("unicode_escape").decode() if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
 def test_a_long_value_is_cut():
     with pytest.raises(TesseraError) as caught:
         parse(GIVEN | {"number": "\x1b[31m" + "9" * 1_000_000})

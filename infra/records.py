@@ -28,8 +28,7 @@ Key = Annotated[str, Field(pattern=r"^[^/\p{C}]+(/[^/\p{C}]+)+$", max_length=100
 
 T = TypeVar("T")
 _LONE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
-"""Of the escapes of a JSON those of half a character: names that are no UTF-8 have them, and no other reader takes them.
-They are read as `shown` writes them."""
+"""Escapes of half a character, as names that are no UTF-8 have them: only Python reads them. They are read as shown."""
 _NAMED = 3
 """Of many problems in one JSON, so many are named."""
 

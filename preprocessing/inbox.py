@@ -182,7 +182,8 @@ def _read(store: Store, key: str) -> Decision:
 
 def decide(store: Store, line: str, upload: Upload, page: str | None = None, **facts: Any) -> Decision:
     """Write what became of an upload, its report first; of racing writers the first one's stays and is returned."""
-    found = Decision(upload.name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), **facts)
+    name = upload.name.encode(errors="backslashreplace").decode()  # one that is no UTF-8 is read back so
+    found = Decision(name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), **facts)
     if page is not None:
         found = replace(found, report=f"{QUARANTINE}/{line}/{upload.title}/report.html")
         store.write(f"{QUARANTINE}/{line}/{upload.title}/report.html", page.encode(errors="backslashreplace"))

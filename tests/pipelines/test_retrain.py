@@ -16,6 +16,7 @@ import pytest
 
 from evaluation.champion import Champion, current, give, go_back, history
 from evaluation.evaluate import evaluation_path
+from evaluation.report import GroupPQ
 from infra.artifacts import read_manifest
 from infra.errors import TesseraError
 from infra.store import Store, open_store
@@ -378,11 +379,14 @@ def test_an_accepted_set_that_is_gone_is_told(line: Store, stage: Stage, tmp_pat
 def test_the_decoding_of_a_champion_is_read_back_as_it_was(make: Callable[[], Recipe], tmp_path: Path):
     """Or the champion would be evaluated anew in each round."""
     store, recipe = open_store(str(tmp_path)), make()
-    content = json.dumps({"recipe": recipe}, default=vars)
+    facts = {"train_set": "precompute/a/a", "steps": 1, "seconds": 1.0}
+    content = json.dumps({"recipe": recipe, **facts}, default=vars)
     store.write("train/a/manifest.json", content.encode())
     decode = json.loads(content)["recipe"]["method"]["decode"]
-    store.write("evaluate/a/manifest.json", json.dumps({"decode": decode}).encode())
-    entry = Champion(1, "train/a", "evaluate/a", "evaluate/a", {"all": 1.0}, "given", None, "")
+    pq: GroupPQ = {"all": 1.0, "things": None, "stuff": None}
+    found = {"recipe": recipe.name, "run": "train/a", "val_set": "precompute/a/b", "images": 1, "pq": pq}
+    store.write("evaluate/a/manifest.json", json.dumps({"decode": decode, **found}).encode())
+    entry = Champion(1, "train/a", "evaluate/a", "evaluate/a", pq, "given", None, "")
     assert evaluation_path(decoded(store, entry), "train/a", "v") == evaluation_path(recipe, "train/a", "v")
 
 

@@ -375,7 +375,7 @@ def test_whatever_the_folder_of_an_upload_is_called_something_becomes_of_it(
     (folder / "_SUCCESS").touch()
     decision = Taker(store, base.train_set, base.val_set)(only(store).name)
     assert decisions(store, LINE) == {only(store).title: decision}
-    assert decision.upload == name
+    assert decision.upload.encode() == name.encode(errors="backslashreplace")
 
 
 def test_an_upload_that_is_being_mended_is_left_alone_until_success_is_written_again(tmp_path: Path):

@@ -26,14 +26,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
 
-from infra import records
+from evaluation.references import REFERS, texts_of
 from infra.artifacts import MANIFEST
 from infra.errors import StoreError, TesseraError
 from infra.in_use import FOLDER as RUNNING
 from infra.in_use import Mark, running, surveying, sweeping
-from infra.records import Key
 from infra.store import Entry, Store
 from infra.text import shown
 
@@ -66,77 +64,6 @@ _CHECKPOINT = re.compile(rf"train/{_HASH}/checkpoints/\d+\.pt$")
 _UNIT = re.compile(
     rf"precompute/shards/{_HASH}(?=\.(tar|json)$)|(train|evaluate|retrain)/{_HASH}(?=/|$)|{_PROBE.pattern}"
 )
-_REFERS = re.compile(
-    rf"(?!inbox/|quarantine/).*/{MANIFEST}$|retrain/[^/]+/plan\.json$"
-    r"|champion/\d{6,}\.json$|names/train/[^/.][^/]*\.json$"
-)
-
-
-@dataclass(frozen=True)
-class _Keyed:
-    key: Key
-
-
-@dataclass(frozen=True)
-class _Set:
-    shards: tuple[_Keyed, ...]
-
-
-@dataclass(frozen=True)
-class _Run:
-    train_set: Key
-    init: Key | None = None
-    best_of: Key | None = None
-
-
-@dataclass(frozen=True)
-class _Report:
-    run: Key
-    val_set: Key
-
-
-@dataclass(frozen=True)
-class _Plan:
-    train_set: Key
-    init: Key
-    run: Key
-
-
-@dataclass(frozen=True)
-class _Round:
-    evaluations: tuple[Key, ...]
-    round: _Plan | None = None
-    evaluation: Key | None = None
-
-
-@dataclass(frozen=True)
-class _Grid:
-    runs: tuple[Key, ...]
-    evaluations: tuple[Key, ...]
-
-
-@dataclass(frozen=True)
-class _Champion:
-    run: Key
-    evaluation: Key
-    root: Key
-
-
-@dataclass(frozen=True)
-class _Name:
-    run: Key
-
-
-_READ: dict[str, type] = {
-    "precompute": _Set,
-    "train": _Run,
-    "evaluate": _Report,
-    "retrain": _Round,
-    "ablate": _Grid,
-    "champion": _Champion,
-    "names": _Name,
-}
-"""What must be said, by folder, in an object that refers to others."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +167,7 @@ def _look(mark: Mark, older: timedelta, watch: bool) -> Survey:
         if not key.startswith(_CLOSED):
             raise TesseraError(f"{store.url}/{key}: {why}; what lies there may be needed, nothing was deleted")
     entries, partials = listing.entries, tuple(store.partials())
-    named = _named(store, [entry.key for entry in entries if _REFERS.match(entry.key)])
+    named = _named(store, [entry.key for entry in entries if REFERS.match(entry.key)])
     now, progress = mark.now(), running(mark, watch)  # after the listing: what it shows is no younger
     mark.refuse_future([*partials, *(entry for entry in entries if _unit(entry.key))], now)
     found = [*_units(entries, named, progress.held), *_killed(entries, progress.dead)]
@@ -266,22 +193,11 @@ def _named(store: Store, keys: Sequence[str]) -> set[str]:
 
 def _named_by(store: Store, key: str) -> set[str]:
     """Any text in it that is a unit's key counts, whatever the field: rather keep too much."""
-    data, url = store.read(key), store.url_for(key)
     try:
-        records.parse(_Plan if key.endswith("/plan.json") else _READ.get(key.partition("/")[0], dict), data, url)
-        content = records.parse(dict[str, Any], data, url)
+        content = texts_of(store, key)
     except TesseraError as error:
         raise TesseraError(f"{error}; nothing was deleted") from error
-    return {unit for text in _texts(content) if (unit := _unit(text.removeprefix(f"{store.url}/")))}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for below in value.values() if isinstance(value, dict) else value:
-            yield from _texts(below)
+    return {unit for text in content if (unit := _unit(text.removeprefix(f"{store.url}/")))}
 
 
 def _unit(key: str) -> str | None:

@@ -19,9 +19,20 @@ from numpy.typing import NDArray
 from preprocessing.files import File
 from preprocessing.json_values import whole
 from preprocessing.labels import LabelTable
-from preprocessing.paired import GRAY8, RGB, find_folder, look_up, make_index, occurring, read_png, to_map, wrong_values
+from preprocessing.paired import (
+    GRAY8,
+    RGB,
+    find_folder,
+    look_up,
+    make_index,
+    occurring,
+    pair,
+    read_png,
+    to_map,
+    wrong_values,
+)
 from preprocessing.panoptic_map import PanopticMap, Segment
-from preprocessing.source import Defect, Index, Record, Rejected, read_file, stable_id
+from preprocessing.source import Defect, Index, Record, read_file, stable_id
 from preprocessing.tree import Folder, Tree
 
 _CHALLENGE = ("", "ADEChallengeData2016/")
@@ -169,21 +180,9 @@ def read_index(root: str | Path, split: str) -> Index:
         find_folder(tree, [f"{prefix}{part}/{split}" for prefix in _CHALLENGE], "ADEChallengeData2016's layout")
         for part in parts
     ]
-    files = [_by_stem(folder, suffix) for folder, suffix in zip(folders, (".jpg", ".png", ".png"), strict=True)]
-    records, rejected = [], []
-    for stem in sorted({stem for named in files for stem in named}):
-        image, semantic, instance = (named.get(stem) for named in files)
-        if image and semantic and instance:
-            records.append(ChallengeRecord(_image_id(stem), image, None, semantic, instance))
-        else:
-            lacks = [folder.path for folder, named in zip(folders, files, strict=True) if stem not in named]
-            there = next(named[stem] for named in files if stem in named)
-            rejected.append(Rejected(_image_id(stem), str(there), f"no file of this name in {' and '.join(lacks)}"))
+    pairs, rejected = pair([*zip(folders, (".jpg", ".png", ".png"), strict=True)], _image_id)
+    records = [ChallengeRecord(_image_id(stem), image, None, *masks) for stem, (image, *masks) in pairs.items()]
     return make_index(categories(), records, rejected, folders[0].path)
-
-
-def _by_stem(folder: Folder, suffix: str) -> dict[str, File]:
-    return {name.removesuffix(suffix): file for name, file in folder.files.items() if name.endswith(suffix)}
 
 
 def read_full_index(root: str | Path, split: str) -> Index:
@@ -195,21 +194,14 @@ def read_full_index(root: str | Path, split: str) -> Index:
     """
     names = [f"{prefix}{images}{split}" for prefix in _FULL for images in ("images/", "images/ADE/")]
     folder = find_folder(Tree(root), names, "the full ADE20K's layout")
-    stems = sorted(name.removesuffix(_SEG) for name in folder.files if name.endswith(_SEG))
-    records = [_full_record(stem, folder) for stem in stems if f"{stem}.jpg" in folder.files]
-    return make_index(categories(), records, _unpaired(stems, folder), folder.path)
+    pairs, rejected = pair([(folder, ".jpg"), (folder, _SEG)], _image_id)
+    records = [_full_record(stem, image, mask, folder) for stem, (image, mask) in pairs.items()]
+    return make_index(categories(), records, rejected, folder.path)
 
 
-def _full_record(stem: str, folder: Folder) -> FullRecord:
+def _full_record(stem: str, image: File, mask: File, folder: Folder) -> FullRecord:
     text = folder.files.get(f"{stem}.json") or folder.files.get(f"{stem}_atr.txt")
-    return FullRecord(_image_id(stem), folder.file(f"{stem}.jpg"), None, folder.file(f"{stem}{_SEG}"), text)
-
-
-def _unpaired(stems: list[str], folder: Folder) -> Iterator[Rejected]:
-    pictured = {name.removesuffix(".jpg") for name in folder.files if name.endswith(".jpg")}
-    for stem in sorted(pictured ^ set(stems)):
-        there, lacks = (".jpg", _SEG) if stem in pictured else (_SEG, ".jpg")
-        yield Rejected(_image_id(stem), str(folder.file(f"{stem}{there}")), f"no {stem}{lacks} beside it")
+    return FullRecord(_image_id(stem), image, None, mask, text)
 
 
 def _image_id(stem: str) -> int:

@@ -1,20 +1,20 @@
 """Cityscapes as it is published: `leftImg8bit` and `gtFine`, unpacked or in their zips."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.coco import Parts, find, index_of
 from preprocessing.files import File
 from preprocessing.labels import Category, LabelTable
-from preprocessing.paired import GRAY, find_folder, look_up, make_index, read_png, to_map, wrong_values
+from preprocessing.paired import GRAY, find_folder, look_up, make_index, pair, read_png, to_map, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment
-from preprocessing.source import Defect, Index, Record, Rejected, stable_id
-from preprocessing.tree import Folder, Tree
+from preprocessing.source import Defect, Index, Record, stable_id
+from preprocessing.tree import Tree
 
 
 class Label(NamedTuple):
@@ -70,6 +70,7 @@ LICENSE_PLATE = 0xFFFF
 CATEGORIES = LabelTable(
     tuple(Category(label.id, label.name, label.has_instances, label.color) for label in LABELS if label.is_evaluated)
 )
+_LAYOUT = "Cityscapes' layout"
 _LABEL_BY_ID = {label.id: label for label in LABELS}
 _MASK, _IMAGE = "_gtFine_instanceIds.png", "_leftImg8bit.png"
 _INSTANCES = 1000
@@ -114,24 +115,25 @@ def read_index(root: str | Path, split: str) -> Index:
     image and an image without PNG are rejected.
     """
     tree = Tree(root)
-    masks = find_folder(tree, [f"gtFine/{split}"], "Cityscapes' layout")
-    images = find_folder(tree, [f"leftImg8bit/{split}"], "Cityscapes' layout")
-    stems = [name.removesuffix(_MASK) for name in sorted(masks.files) if name.endswith(_MASK)]
-    records = [_record(stem, masks, images) for stem in stems if f"{stem}{_IMAGE}" in images.files]
-    return make_index(CATEGORIES, records, _unpaired(set(stems), masks, images), masks.path)
+    masks = find_folder(tree, [f"gtFine/{split}"], _LAYOUT)
+    images = find_folder(tree, [f"leftImg8bit/{split}"], _LAYOUT)
+    pairs, rejected = pair([(masks, _MASK), (images, _IMAGE)], _image_id)
+    records = [CityscapesRecord(_image_id(stem), image, None, mask) for stem, (mask, image) in pairs.items()]
+    return make_index(CATEGORIES, records, rejected, masks.path)
 
 
-def _record(stem: str, masks: Folder, images: Folder) -> CityscapesRecord:
-    image, mask = images.file(f"{stem}{_IMAGE}"), masks.file(f"{stem}{_MASK}")
-    return CityscapesRecord(_image_id(stem), image, None, mask)
+def read_panoptic_index(root: str | Path, split: str) -> Index:
+    """Index what Cityscapes' `createPanopticImgs.py` writes: a COCO panoptic JSON and PNGs of it.
 
-
-def _unpaired(stems: set[str], masks: Folder, images: Folder) -> Iterator[Rejected]:
-    pictured = {name.removesuffix(_IMAGE) for name in images.files if name.endswith(_IMAGE)}
-    for stem in sorted(stems - pictured):
-        yield Rejected(_image_id(stem), str(masks.file(f"{stem}{_MASK}")), f"no image {stem}{_IMAGE} in {images.path}")
-    for stem in sorted(pictured - stems):
-        yield Rejected(_image_id(stem), str(images.file(f"{stem}{_IMAGE}")), f"no {stem}{_MASK} in {masks.path}")
+    `root/gtFine/cityscapes_panoptic_<split>.json` (or `..._trainId.json`), PNGs in the folder of that name, images
+    below `root/leftImg8bit/<split>`, in their cities' folders. The JSON names those `<stem>_gtFine_leftImg8bit.png`, of
+    which there are none, and no city. The image ids are those of `read_index`. Errors as `coco.read_index`.
+    """
+    stems = tuple(f"gtFine/cityscapes_panoptic_{split}{kind}" for kind in ("", "_trainId"))
+    parts = Parts(tuple(f"{stem}.json" for stem in stems), stems, (f"leftImg8bit/{split}",))
+    annotation_file, masks, images = find(Tree(root), parts, _LAYOUT)
+    as_written = {PurePosixPath(name).name.replace(_IMAGE, f"_gtFine{_IMAGE}"): f for name, f in images.files.items()}
+    return index_of(annotation_file, masks, replace(images, files=images.files | as_written))
 
 
 def _image_id(stem: str) -> int:

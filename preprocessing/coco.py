@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from preprocessing.json_values import image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
-from preprocessing.paired import most_frequent
+from preprocessing.paired import find_folder, most_frequent
 from preprocessing.panoptic_map import PanopticMap, Segment, tabulate
 from preprocessing.source import (
     BadSample,
@@ -152,7 +152,13 @@ def read_index(root: str | Path, split: str) -> Index:
     that cannot be paired are rejected: an entry without image, an image with two entries or none. PNGs without an entry
     are no samples: they are unused.
     """
-    annotation_file, masks, images = find(Tree(root), split)
+    masks = f"panoptic_{split}"
+    parts = Parts((f"annotations/{masks}.json",), (f"annotations/{masks}", masks), (split, f"images/{split}"))
+    return index_of(*find(Tree(root), parts, "COCO's layout"))
+
+
+def index_of(annotation_file: File, masks: Folder, images: Folder) -> Index:
+    """The index of a panoptic JSON and the folders that its file names lie in. Errors as `read_index`."""
     content = _read_json(annotation_file)
     labels = LabelTable.from_coco(content["categories"], str(annotation_file))
     images_by_id = _by_id(content["images"])
@@ -174,19 +180,20 @@ def read_index(root: str | Path, split: str) -> Index:
     return Index(labels, tuple(records), tuple(rejected), tuple(_unused(content["annotations"], masks)))
 
 
-def find(tree: Tree, split: str) -> tuple[File, Folder, Folder]:
-    """Annotation JSON, PNG folder and image folder of a split. TesseraError naming what is not there."""
-    masks = f"panoptic_{split}"
-    names = (f"annotations/{masks}.json",), (f"annotations/{masks}", masks), (split, f"images/{split}")
-    annotation_file = tree.file(*names[0])
-    png_folder, images = (tree.folder(*either) for either in names[1:])
-    for either, part in zip(names, (annotation_file, png_folder, images), strict=True):
-        if part is None:
-            raise tree.missing(*either, expected="COCO's layout")
-    assert annotation_file
-    assert png_folder
-    assert images
-    return annotation_file, png_folder, images
+class Parts(NamedTuple):
+    """Where a layout has them: the first that is there of several names."""
+
+    json: tuple[str, ...]
+    pngs: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+def find(tree: Tree, parts: Parts, layout: str) -> tuple[File, Folder, Folder]:
+    """Annotation JSON, PNG folder and image folder. TesseraError naming what is not there."""
+    annotation_file = tree.file(*parts.json)
+    if annotation_file is None:
+        raise tree.missing(*parts.json, expected=layout)
+    return annotation_file, find_folder(tree, parts.pngs, layout), find_folder(tree, parts.images, layout)
 
 
 def _read_json(file: File) -> dict[str, Any]:

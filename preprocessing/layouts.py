@@ -4,14 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import TesseraError
-from preprocessing import ade20k, cityscapes, coco, instances
+from preprocessing import ade20k, bdd100k, cityscapes, coco, instances, mapillary
 from preprocessing.source import Index
 
 LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
     "coco": coco.read_index,
     "cityscapes": cityscapes.read_index,
+    "cityscapes-panoptic": cityscapes.read_panoptic_index,
     "ade20k": ade20k.read_index,
     "ade20k-full": ade20k.read_full_index,
+    "mapillary-v1.2": mapillary.read_v1_index,
+    "mapillary-v2.0": mapillary.read_v2_index,
+    "bdd100k": bdd100k.read_index,
+    "bdd100k-coco": bdd100k.read_coco_index,
     "instances": instances.read_index,
 }
 """Name -> how a split of a folder (or of a URL of a store) is indexed; the docstrings say what it expects to find."""

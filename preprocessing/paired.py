@@ -1,6 +1,6 @@
 """What data sets without an annotation JSON share: files paired by name, PNGs whose pixels say what they are."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,9 +12,9 @@ from preprocessing.kernels import relabel
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
-from preprocessing.png import read_gray, read_rgb
+from preprocessing.png import read_gray, read_rgb, read_rgba
 from preprocessing.source import Defect, Index, Record, Rejected, TooManyBad, read_file, without_repeats
-from preprocessing.tree import Folder, Tree
+from preprocessing.tree import Folder, Tree, nfc
 
 T = TypeVar("T", bound=np.generic)
 Reading = Callable[[bytes], NDArray[Any]]
@@ -22,6 +22,7 @@ Reading = Callable[[bytes], NDArray[Any]]
 GRAY8: Reading = read_gray
 GRAY: Reading = partial(read_gray, most=16)
 RGB: Reading = read_rgb
+RGBA: Reading = read_rgba
 _NAMED = 5
 """Of many wrong values in one image, so many are named one by one."""
 _BLOCK = 1 << 20
@@ -37,6 +38,33 @@ def find_folder(tree: Tree, names: Iterable[str], layout: str) -> Folder:
     return found
 
 
+def pair(
+    parts: Sequence[tuple[Folder, str]], image_id: Callable[[str], int]
+) -> tuple[dict[str, tuple[File, ...]], list[Rejected]]:
+    """The files of one stem, a folder's name and what follows it in each folder, by stem in ascending order.
+
+    Rejected are files without all of their mates, with what is there instead, and what cannot be listed: it may hold
+    many.
+    """
+    named = [{nfc(n).removesuffix(end): f for n, f in folder.files.items() if n.endswith(end)} for folder, end in parts]
+    pairs: dict[str, tuple[File, ...]] = {}
+    rejected = [Rejected(None, folder.path, fault) for folder, _ in parts for fault in folder.faults]
+    for stem in sorted(set().union(*named)):
+        found = [files.get(stem) for files in named]
+        there = tuple(file for file in found if file)
+        if len(there) == len(parts):
+            pairs[stem] = there
+            continue
+        lacks = [(folder, f"{stem}{end}") for (folder, end), file in zip(parts, found, strict=True) if file is None]
+        told = [f"no {name} in {folder.path}{_instead(folder.file(name))}" for folder, name in lacks]
+        rejected.append(Rejected(image_id(stem), str(there[0]), "; ".join(told)))
+    return pairs, rejected
+
+
+def _instead(file: File) -> str:
+    return f" ({file.fault})" if file.fault else ""
+
+
 def make_index(labels: LabelTable, found: Iterable[Record], rejected: Iterable[Rejected], where: str) -> Index:
     """The index of the records whose id occurs once. TesseraError naming `where` if there is none."""
     records, repeated = without_repeats(found)
@@ -48,7 +76,7 @@ def make_index(labels: LabelTable, found: Iterable[Record], rejected: Iterable[R
 
 
 def read_png(record: Record, file: File, read: Reading, defects: list[Defect]) -> NDArray[Any] | None:
-    """The pixels, uint8 or uint16 (H, W), or (H, W, 3) of colours, of a PNG; otherwise None and a defect."""
+    """The pixels, uint8 or uint16 (H, W), or (H, W, 3 or 4) of colours, of a PNG; otherwise None and a defect."""
     data = read_file(record, file, defects)
     if data is None:
         return None

@@ -44,6 +44,18 @@ def read_rgb(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(_opaque(image, layout, "8-bit RGB").convert("RGB"))
 
 
+def read_rgba(data: bytes) -> NDArray[np.uint8]:
+    """PNG bytes -> uint8 (H, W, 4), exact: RGB with transparency of 8 bits, or a palette of such colours.
+
+    Raises ValueError saying what else it is, and what `open_image` does.
+    """
+    layout, bits, colours = _header(data)
+    with open_image(data, ("PNG",)) as image:
+        if bits > 8 or colours not in ("palette", "RGB with transparency") or not image.has_transparency_data:
+            raise ValueError(f"it is {layout}, expected 8-bit RGB with transparency")
+        return np.asarray(image.convert("RGBA"))
+
+
 def read_gray(data: bytes, most: int = 8) -> NDArray[Any]:
     """PNG bytes -> uint8 or uint16 (H, W), exact: gray of 8 bits, or 16 if `most` is, or a palette of grays; opaque.
 

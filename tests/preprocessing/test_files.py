@@ -310,7 +310,7 @@ def test_a_file_from_a_zip_is_held_once(tmp_path: Path):
     tracemalloc.start()
     try:
         assert len(file.read()) == 8 << 20
-        assert tracemalloc.get_traced_memory()[1] < 1.3 * (8 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 1.7 * (8 << 20)
     finally:
         tracemalloc.stop()
 

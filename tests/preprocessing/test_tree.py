@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 import zipfile
 from collections.abc import Callable
@@ -194,7 +196,8 @@ def test_the_cases_that_people_sent(tmp_path: Path, case: str):
     if script is None:
         pytest.skip(f"{CASES / case} is not there")
     program = "sh" if script.suffix == ".sh" else "python"
-    assert os.system(f"{program} {script} {tmp_path / 'set'}") == 0
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run([program, script, tmp_path / "set"], check=True, env={**os.environ, "PATH": path})
     for split in ("train2017", "val2017"):
         index = coco_layout.read_index(tmp_path / "set", split)
         assert index.rejected == ()

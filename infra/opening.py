@@ -8,6 +8,7 @@ between.
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,3 +75,20 @@ def check_owner(found: os.stat_result) -> None:
         raise Unfit(f"it belongs to user {found.st_uid}, expected {os.getuid()}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Unfit(f"others may write it (mode {stat.S_IMODE(found.st_mode):o})")
+
+
+def own_folder(path: Path) -> Path:
+    """The folder, made for this user alone where it is not there. Raises OSError, Unfit where another user could put
+    anything there: for what is run, or believed, because it lies in it."""
+    with suppress(FileExistsError):
+        path.mkdir(parents=True, mode=0o700)
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise Unfit(f"{path}: it is a link, expected the folder itself")
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unfit(f"{path}: it is no folder")
+    try:
+        check_owner(found)
+    except Unfit as error:
+        raise Unfit(f"{path}: {error}") from error
+    return path

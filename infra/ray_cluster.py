@@ -18,7 +18,7 @@ from ray._private import ray_constants  # these three: Ray has no public way to 
 from ray._private.runtime_env.setup_hook import _encode_function_key
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-from infra import interrupt, ray_address
+from infra import interrupt, ray_address, ray_local
 from infra.errors import TesseraError
 from infra.version import SHIPPED, code_version
 
@@ -82,11 +82,11 @@ def _own_sigterm() -> Iterator[None]:
 def _connect(address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     code = code_version()  # as it is now: by the end of a long run the checkout may be another
-    if address == ray_address.LOCAL:
-        os.environ[SHIPPED] = code  # its processes inherit it
-        options |= {"include_dashboard": False, "object_store_memory": 200 << 20}
-        options |= {"_node_ip_address": "127.0.0.1"}
-    else:
+    try:
+        if address == ray_address.LOCAL:
+            os.environ[SHIPPED] = code  # its processes inherit it
+            ray_local.start(include_dashboard=False, object_store_memory=200 << 20, **options)
+            return
         # workers of a cluster have the environment and the code of their raylet, if any, not ours
         options["runtime_env"] = {
             "env_vars": _environment(_PASSED_ON) | {SHIPPED: code},
@@ -94,7 +94,6 @@ def _connect(address: str) -> None:
             "py_modules": [str(_ROOT / name) for name in _CODE],
             "excludes": ["__pycache__"],
         }
-    try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise TesseraError(

@@ -5,9 +5,7 @@ bytes are, so a worker reads one sample of 118,000 without knowing of the others
 """
 
 import io
-import os
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from infra.errors import NoSuchObject, TesseraError
 from infra.opening import check_size, open_regular, read_regular
 from infra.store import open_store
 from infra.text import shown
+from preprocessing.unpacking import unpacked
 
 _MOST_INFLATED = 50
 """How much larger a file may be than it is in a zip: annotations are 5 to 25 times as large, a bomb up to 1032."""
@@ -246,25 +245,13 @@ def _seek_data(member: Member, stream: BinaryIO) -> int:
 def _unpacked(archive: File) -> str:
     """A zip that lies deflated in another one, as COCO's PNGs may: that has no random access, so it is unpacked once.
 
-    It goes to TESSERA_CACHE, or the folder for temporary files. OSError if it cannot be unpacked whole.
+    OSError if it cannot be unpacked whole.
     """
     member = archive.member
     assert member is not None
-    folder = Path(os.environ.get("TESSERA_CACHE") or Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}")
     archive._refuse_fault()
-    target = folder / f"{member.crc:08x}-{member.size}-{Path(archive.inside).name}"
-    if target.exists():
-        return str(target)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as made:
-        try:
-            for piece in _inflated(member, archive._disk()):
-                made.write(piece)
-            Path(made.name).rename(target)
-        except BaseException:
-            Path(made.name).unlink()
-            raise
-    return str(target)
+    name = Path(archive.inside).name
+    return unpacked(name, member.size, member.crc, lambda: _inflated(member, archive._disk()))
 
 
 class _Window(io.RawIOBase):

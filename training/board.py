@@ -8,6 +8,7 @@ ATTEMPTS = 3
 """With the same number of workers, to get past one checkpoint."""
 CREWS = 10
 """Changes of that number meanwhile."""
+STARTING, STEPPING = "starting", "stepping"
 
 
 class Board:
@@ -19,12 +20,14 @@ class Board:
         self.told = -math.inf
         self.attempts, self.crews, self.reached, self.world = 0, 0, -1, 0
         self.stumbled = self.failed = ""
+        self.doing = ""
 
     def begins(self, step: int, world: int) -> bool:
         """An attempt to go on from a step; True: there were too many of them, the run has failed.
 
         Another number of workers is another attempt, as nodes have come or gone, but not without end.
         """
+        self.doing = STARTING
         if self.failed:
             return True
         if step > self.reached:
@@ -52,11 +55,15 @@ class Board:
         if due or row.figures:
             self.lines.append(f"step {row.step} of {steps}: {row}")
             self.told = row.time
-        self.latest = row, steps
+        self.latest, self.doing = (row, steps), STEPPING
+
+    def does(self) -> str:
+        """STARTING, STEPPING, or empty while there are no workers that said so."""
+        return self.doing
 
     def stumbles(self, problem: str) -> None:
         """Workers ended by what another attempt may get past."""
-        self.stumbled = problem
+        self.stumbled, self.doing = problem, ""
         self.says(f"stopped: {problem}")
 
     def fails(self, problem: str, own: bool) -> None:

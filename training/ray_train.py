@@ -18,7 +18,7 @@ import ray
 import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import artifacts, ray_cluster
@@ -29,18 +29,20 @@ from infra.version import code_version
 from preprocessing.pictures import Picture
 from preprocessing.shards import ShardSet, read_set
 from training import checkpoints, tensorboard
-from training.board import Board
+from training.board import STEPPING, Board
 from training.checkpoints import State
 from training.dry_run import DoesNotFit
 from training.loop import NonFiniteLoss, train
 from training.methods.base import Method
 from training.metrics import Row, write_metrics
 from training.parallel import Place, agreed, gathered
+from training.ray_group import torch_config
 from training.recipe import Recipe
 from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
 from training.shares import Crew
 
 _SILENT_SECONDS = 180.0  # before the flow's log says that nothing happens
+_UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")  # states of a placement group without its workers' places
 _MACHINES_TOLD = 8
 _MINUTES_BELOW = 2.0  # between checkpoints of a group that is smaller than it is to be
 log = logging.getLogger("tessera.train")
@@ -148,10 +150,17 @@ class _Listener:
         if lines or latest is not None:
             self.heard = time.monotonic()
         elif silent > _SILENT_SECONDS:
-            log.warning(
-                "no step since %.0f min: the workers wait for nodes, for the store or for each other", silent / 60
-            )
+            log.warning("no step since %.0f min: %s", silent / 60, self._why())
             self.heard = time.monotonic()
+
+    def _why(self) -> str:
+        doing = ray.get(self.board.does.remote())
+        if doing == STEPPING:
+            return "the workers wait for the store or for each other"
+        groups = ray.util.placement_group_table().values()
+        if not doing and any(group["state"] in _UNPLACED for group in groups):
+            return "the workers wait for nodes, Ray has too few free CPUs or GPUs for them: see `ray status`"
+        return "the workers are starting: weights, a dry run and the first images come before it"
 
 
 def _raise_failure(board: Any, cause: Exception | None = None) -> None:
@@ -170,7 +179,7 @@ def _fit(job: TrainJob) -> None:
             _worker,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(num_workers=size, use_gpu=crew.gpus, placement_strategy=strategy),
-            torch_config=TorchConfig(backend="nccl" if crew.gpus else "gloo"),
+            torch_config=torch_config("nccl" if crew.gpus else "gloo", folder),
             run_config=RunConfig(
                 storage_path=folder,  # holds nothing that lasts
                 failure_config=FailureConfig(max_failures=-1),  # for weeks of them; _begin ends those without progress

@@ -146,10 +146,8 @@ def run_and_look(prefect, own_secrets, folders, storage, ray, dashboard=None):  
     """Run train-coco on the worker, and look everywhere; gives what was looked at."""
     coco = write_set(folders[0], SyntheticConfig(train=24, val=8, size=(48, 48), seed=5))
     job = {"data": str(coco), "storage": storage, "recipe": "debug", "ray": ray}
-    login = os.environ["PREFECT_API_AUTH_STRING"].partition(":")[2]
-    with Watched(
-        dashboard, [spelling for secret in (*own_secrets, login) for spelling in spellings(secret)]
-    ) as watched:
+    own_secrets = [*own_secrets, os.environ["PREFECT_API_AUTH_STRING"].partition(":")[2]]
+    with Watched(dashboard, [spelling for secret in own_secrets for spelling in spellings(secret)]) as watched:
         said = prefect("deployment", "run", "train-coco/train-coco", "--watch", "--param", f"job={json.dumps(job)}")
     watched.look("stdout", said.encode())
     store = open_store(storage)

@@ -5,13 +5,14 @@ import logging
 from dataclasses import replace
 
 import pytest
+import ray
 
 from infra.errors import TesseraError
 from infra.store import Store
 from preprocessing.shards import ShardSet
 from tests.support.ray_local import ray_local  # noqa: F401
 from tests.training.ranks import recipe_of, spoiled
-from training import checkpoints
+from training import checkpoints, ray_train
 from training.board import ATTEMPTS, CREWS, Board
 from training.metrics import Row, read_metrics
 from training.ray_train import run_training
@@ -80,6 +81,31 @@ def test_the_log_has_some_fifty_lines_of_a_fast_run_one_a_minute_of_a_slow_one_a
     assert line.startswith("step 11 of 100000")
     assert "pq 5.0" in line
     assert latest == (row(11, 451.0, pq=5.0), 100_000)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_silence_is_explained_by_what_the_workers_do(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(ray_train, "_SILENT_SECONDS", -1.0)
+    board = ray.remote(Board).options(num_cpus=0).remote()
+
+    def told() -> str:
+        caplog.clear()
+        ray_train._Listener(board, lambda row, steps: None)()
+        (line,) = [r.getMessage() for r in caplog.records]
+        return line.partition(": ")[2]
+
+    assert told().startswith("the workers are starting")  # their places are there, they import
+    group = ray.util.placement_group([{"CPU": 1e6}])
+    assert told().startswith("the workers wait for nodes")
+    ray.get(board.begins.remote(0, 1))
+    assert told().startswith("the workers are starting")  # whatever others wait for
+    ray.get(board.row.remote(row(1, 1.0), 10))
+    ray.get(board.take.remote())
+    assert told() == "the workers wait for the store or for each other"
+    ray.get(board.stumbles.remote("a node is gone"))
+    ray.get(board.take.remote())
+    assert told().startswith("the workers wait for nodes")
+    ray.util.remove_placement_group(group)
 
 
 @pytest.mark.timeout(300)

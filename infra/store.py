@@ -23,8 +23,10 @@ from urllib.request import url2pathname
 from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.exclusive import give_name
 from infra.opening import MOST, Unfit, check_size, open_regular
+from infra.text import quoted
 from infra.walking import walk
 
+_LONGEST = 2000  # characters of a root
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _OTHER_FOLDER = "choose a folder that this user may read and write"
 _REMEDIES = {
@@ -237,13 +239,18 @@ def _telling(verb: str, url: str) -> Iterator[None]:
 def _normal(url: str) -> str:
     """s3://bucket/prefix without a trailing slash, or an absolute path."""
     scheme, separator, rest = url.partition("://")
+    if not url.isprintable() or len(url) > _LONGEST:
+        raise TesseraError(f"{quoted(url)} is no store: expected at most {_LONGEST} printable characters")
     if scheme == "s3" and rest.strip("/"):
         return f"s3://{_checked(rest.rstrip('/'))}"
     if url.startswith("file:///"):
         return str(Path(url2pathname(urlsplit(url).path)).resolve())
     if url and not separator:
-        return str(Path(url).expanduser().resolve())
-    raise TesseraError(f"{url!r} is no store: use a folder, file:///folder or s3://bucket/prefix")
+        try:
+            return str(Path(url).expanduser().resolve())
+        except RuntimeError as error:  # ~nobody
+            raise TesseraError(f"{quoted(url)} is no store: {error}") from error
+    raise TesseraError(f"{quoted(url)} is no store: use a folder, file:///folder or s3://bucket/prefix")
 
 
 def _checked(key: str) -> str:

@@ -2,21 +2,25 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from evaluation.evaluate import evaluation_path
 from infra.errors import TesseraError
 from infra.store import open_store
+from pipelines.fields import Count, Seed, Text, bounded
 from pipelines.job import TrainCoco
 from training.recipe import Recipe
 from training.recipes.grids import GRIDS, GridRow, grid
 
 _SEED = "train.seed"
+_MOST = 1000
+"""Rows of a grid."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Trial:
 class Ablate(TrainCoco):
     """Parameters of ablate: those of train-coco, from which each trial departs, and the grid."""
 
-    grid: str | dict[str, list[Any] | dict[str, Any]] = Field(
+    grid: Text | Annotated[dict[str, list[Any] | dict[str, Any]], AfterValidator(bounded)] = Field(
         description='Lists of values by option, of which all combinations are tried: {"method.eds_distance": [0, 20]}; '
         'or rows by title: {"plain": {"method.dice": 0}, "all": {}}; or a named grid: ' + ", ".join(GRIDS) + "."
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Each row is trained once with each of them.")
-    budget: PositiveInt = Field(1, description="How many trials may run at once, each on `workers` workers.")
+    seeds: tuple[Seed, ...] = Field(
+        (0,), min_length=1, max_length=1000, description="Each row is trained once with each of them."
+    )
+    budget: Count = Field(1, description="How many trials may run at once, each on `workers` workers.")
 
     @model_validator(mode="after")
     def _trials_are_possible(self) -> "Ablate":
@@ -133,6 +139,8 @@ def _product(values: Mapping[str, Sequence[Any]]) -> Iterator[GridRow]:
     for name, listed in values.items():
         if not listed:
             raise TesseraError(f"grid: option {name!r} has no values")
+    if math.prod(map(len, values.values())) > _MOST:
+        raise TesseraError(f"grid: more than {_MOST} combinations")
     last = [name.rpartition(".")[2] for name in values]
     shown = last if len({*last}) == len(last) else [*values]  # short where that is clear
     for chosen in itertools.product(*values.values()):

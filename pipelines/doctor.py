@@ -14,13 +14,14 @@ from logging import getLogger
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError
+from pydantic import Field, ValidationError
 
 from infra import ray_health
 from infra.errors import TesseraError
 from infra.health import Demands, Place, Row, Verdict, examine
 from infra.store import open_store
 from pipelines import server_health
+from pipelines.fields import Gigabytes, Seconds, told
 from pipelines.jobs import StoredJob
 from pipelines.logs import flow_logs
 
@@ -30,10 +31,10 @@ log = getLogger("tessera.flow")
 class Doctor(StoredJob):
     """Parameters of doctor."""
 
-    least_free_gb: NonNegativeFloat = Field(
+    least_free_gb: Gigabytes = Field(
         5.0, description="GB that must be free for temporary files, TESSERA_CACHE and a folder store, on each node."
     )
-    seconds: PositiveFloat = Field(60.0, description="How long Ray, and then each of its nodes, may take to answer.")
+    seconds: Seconds = Field(60.0, description="How long Ray, and then each of its nodes, may take to answer.")
 
 
 @flow(name="doctor")
@@ -121,8 +122,7 @@ def main(arguments: Sequence[str]) -> int:
             raise TesseraError(f"{' '.join(arguments)}: expected one JOB; see --help")
         rows = check(Doctor.model_validate_json(arguments[0] if arguments else "{}"))
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors())
-        sys.stderr.write(f"error: {'; '.join(problems)}\n")
+        sys.stderr.write(f"error: {told(error)}\n")
         return 1
     except TesseraError as error:
         sys.stderr.write(f"error: {error}\n")

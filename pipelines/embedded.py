@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from infra.errors import TesseraError
 from pipelines.ablate_job import Ablate
+from pipelines.fields import told
 from pipelines.job import TrainCoco
 from pipelines.server import prefect_server
 
@@ -41,8 +42,7 @@ def main(arguments: list[str]) -> int:
         with prefect_server(HOME / "prefect"):
             _run(job)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors())
-        print(f"error: {'; '.join(problems)}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)

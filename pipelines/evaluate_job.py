@@ -1,6 +1,6 @@
 """What evaluate is asked to do. Imports no Prefect, so that a job can be refused before anything starts."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
@@ -8,6 +8,7 @@ from evaluation.champion import resolve
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
+from pipelines.fields import Options, Share, Text
 from pipelines.jobs import Job
 from preprocessing import layouts
 from preprocessing.labels import LabelTable
@@ -19,21 +20,21 @@ from training.run import open_run
 class Evaluate(Job):
     """Parameters of evaluate."""
 
-    run: str = Field(
+    run: Text = Field(
         description="Folder of a finished run, <storage>/train/<hash>, or <storage>/champion: the one in use. "
         "The results go to the same storage."
     )
-    data: str = Field(description="Folder of the data set, which every Ray worker can read, or s3://bucket/prefix.")
-    layout: Annotated[str, AfterValidator(layouts.known)] = Field(
+    data: Text = Field(description="Folder of the data set, which every Ray worker can read, or s3://bucket/prefix.")
+    layout: Annotated[Text, AfterValidator(layouts.known)] = Field(
         "coco",
         description="How the data set is laid out; see docs/data.md.",
         json_schema_extra={"enum": [*layouts.LAYOUTS]},
     )
-    split: str = Field("val2017", description="The split that PQ is measured on.")
-    options: dict[str, Any] = Field(
+    split: Text = Field("val2017", description="The split that PQ is measured on.")
+    options: Options = Field(
         {}, description='Options of decoding, as pipelines.tune prints them: {"method.decode.min_stuff_area": 0.01}.'
     )
-    bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the evaluation.")
+    bad_share: Share = Field(0.01, description="Share of unusable samples that fails the evaluation.")
 
     def resolved(self) -> "Evaluate":
         """The same for the run that is champion now, if that is asked for."""

@@ -1,13 +1,14 @@
 """What train-coco is asked to do. Imports no Prefect, so that a job can be refused before anything starts."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
+from pipelines.fields import Epochs, Options, Share, Text
 from pipelines.jobs import TrainingJob
 from preprocessing import layouts
 from preprocessing.synthetic import SyntheticConfig
@@ -20,28 +21,28 @@ SYNTHETIC = "synthetic"
 class TrainCoco(TrainingJob):
     """Parameters of train-coco."""
 
-    data: str = Field(
+    data: Text = Field(
         SYNTHETIC,
         description="Folder of the data set, which every Ray worker can read, s3://bucket/prefix, or 'synthetic': made "
         "here.",
     )
-    layout: Annotated[str, AfterValidator(layouts.known)] = Field(
+    layout: Annotated[Text, AfterValidator(layouts.known)] = Field(
         "coco",
         description="How the data set is laid out; see docs/data.md.",
         json_schema_extra={"enum": [*layouts.LAYOUTS]},
     )
-    train_split: str = Field("train2017", description="The split that is trained on.")
-    val_split: str = Field("val2017", description="The split that PQ is measured on.")
-    method: str = Field(
+    train_split: Text = Field("train2017", description="The split that is trained on.")
+    val_split: Text = Field("val2017", description="The split that PQ is measured on.")
+    method: Text = Field(
         "generalist", description="A method of training/methods.", json_schema_extra={"enum": [*RECIPES]}
     )
-    recipe: str = Field(
+    recipe: Text = Field(
         "demo",
         description="A recipe of the method: options and training; see training/recipes.",
         json_schema_extra={"enum": [*dict.fromkeys(name for named in RECIPES.values() for name in named)]},
     )
-    epochs: PositiveFloat | None = Field(None, description="Passes over the train split, if not the recipe's.")
-    options: dict[str, Any] = Field(
+    epochs: Epochs | None = Field(None, description="Passes over the train split, if not the recipe's.")
+    options: Options = Field(
         {}, description='Other options of the recipe by dotted name, as {"method.eds_distance": 0, "train.seed": 1}.'
     )
     name: str | None = Field(
@@ -50,10 +51,10 @@ class TrainCoco(TrainingJob):
         description="A name for the run: refused with the difference if it has trained another config so far.",
     )
     anew: bool = Field(False, description="Give the name to this config; what it has trained so far stays as it is.")
-    init: str | None = Field(
+    init: Text | None = Field(
         None, description="URL of a finished run, <storage>/train/<hash>, whose weights to start with (fine-tuning)."
     )
-    bad_share: float = Field(0.01, ge=0, le=1, description="Share of unusable samples that fails the run.")
+    bad_share: Share = Field(0.01, description="Share of unusable samples that fails the run.")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Size of the set if data is 'synthetic'.")
 
     @model_validator(mode="after")

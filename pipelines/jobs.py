@@ -11,7 +11,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveInt,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
@@ -21,6 +20,7 @@ from pydantic import (
 from infra import ray_address
 from infra.errors import TesseraError
 from infra.store import open_store
+from pipelines.fields import Count, Text
 from training.shares import Crew
 
 
@@ -36,7 +36,7 @@ class Job(BaseModel):
         return {name: value for name, value in plain(self).items() if name not in silent}
 
     gpus: bool = Field(False, description="One GPU for each training worker and each task that runs a network.")
-    ray: str = Field(
+    ray: Text = Field(
         default_factory=ray_address.from_environment,
         description="'local' starts Ray here, 'auto' joins the cluster that this machine is a node of; another one is "
         "named by TESSERA_RAY, never by a job. Default: TESSERA_RAY, else local.",
@@ -51,7 +51,7 @@ class Job(BaseModel):
 class StoredJob(Job):
     """And where the results are kept."""
 
-    storage: str = Field(
+    storage: Text = Field(
         default_factory=lambda: os.environ.get("TESSERA_STORAGE", ".tessera/store"),
         description="Root of all results: a folder, or s3://bucket/prefix (server and keys: AWS_*). Default: "
         "TESSERA_STORAGE, else .tessera/store.",
@@ -65,8 +65,8 @@ class StoredJob(Job):
 class TrainingJob(StoredJob):
     """And who trains."""
 
-    workers: PositiveInt = Field(1, description="Training workers; they share the recipe's total batch exactly.")
-    least_workers: PositiveInt | None = Field(
+    workers: Count = Field(1, description="Training workers; they share the recipe's total batch exactly.")
+    least_workers: Count | None = Field(
         None, description="Go on with as few workers while nodes are missing, and grow again; none: wait for all."
     )
     sharded: bool = Field(

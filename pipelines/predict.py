@@ -21,6 +21,8 @@ from pydantic import ValidationError
 from evaluation.predict_files import Outcome, Summary, finish, load_predictor, predict_chunk, shown, told
 from evaluation.predict_plan import Plan, claim
 from infra.errors import TesseraError
+from infra.text import quoted
+from pipelines.fields import told as problems
 from pipelines.predict_job import Predict
 from preprocessing.labels import LabelTable
 
@@ -41,8 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         begun = True
         summary = _predict(plan, labels, device)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return _refuse("; ".join(problems), 2)
+        return _refuse(problems(error), 2)
     except TesseraError as error:
         return _refuse(str(error), 1 if begun else 2)
     except KeyboardInterrupt:
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    except (RecursionError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no JSON: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

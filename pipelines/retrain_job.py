@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, PositiveFloat
+from pydantic import AfterValidator, Field
 
 from evaluation.champion import Champion, current
 from evaluation.report import Finished
 from infra import artifacts, records
 from infra.errors import TesseraError
 from infra.store import Store
+from pipelines.fields import Epochs, Options, Percent, Share, Text
 from pipelines.jobs import TrainingJob
 from preprocessing import layouts
 from preprocessing.shards import ShardSet, read_set
@@ -22,25 +23,21 @@ T = TypeVar("T")
 class Retrain(TrainingJob):
     """Parameters of retrain. The recipe is the one that the champion's line began with."""
 
-    layout: Annotated[str, AfterValidator(layouts.known)] = Field(
+    layout: Annotated[Text, AfterValidator(layouts.known)] = Field(
         "coco",
         description="How uploads are laid out; see docs/data.md.",
         json_schema_extra={"enum": [*layouts.LAYOUTS]},
     )
-    split: str = Field("train2017", description="The split of an upload that is trained on.")
-    epochs: PositiveFloat | None = Field(
+    split: Text = Field("train2017", description="The split of an upload that is trained on.")
+    epochs: Epochs | None = Field(
         None, description="Passes of fine-tuning over all data; default: a tenth of the recipe's."
     )
-    lr_share: float = Field(
-        0.1, gt=0, le=1, description="Peak learning rate of fine-tuning, as a share of the recipe's."
+    lr_share: Share = Field(0.1, gt=0, description="Peak learning rate of fine-tuning, as a share of the recipe's.")
+    options: Options = Field({}, description="Other options of the recipe by dotted name, as in train-coco.")
+    margin: Percent = Field(
+        0.0, description="Promote if the 95 % interval of the gain in PQ lies above so many percent as a whole."
     )
-    options: dict[str, Any] = Field({}, description="Other options of the recipe by dotted name, as in train-coco.")
-    margin: float = Field(
-        0.0, ge=0, description="Promote if the 95 % interval of the gain in PQ lies above so many percent as a whole."
-    )
-    bad_share: float = Field(
-        0.05, ge=0, le=1, description="Share of unusable samples that puts an upload in quarantine."
-    )
+    bad_share: Share = Field(0.05, description="Share of unusable samples that puts an upload in quarantine.")
 
     @property
     def settings(self) -> dict[str, Any]:

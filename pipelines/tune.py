@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from evaluation.tune import tune
 from infra.errors import TesseraError
 from infra.store import open_store
+from pipelines.fields import told
 from pipelines.job import TrainCoco
 from pipelines.train_coco import data_root
 from preprocessing.layouts import read_index
@@ -46,5 +47,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(TrainCoco.model_validate_json(sys.argv[1] if len(sys.argv) > 1 else "{}"))
-    except (TesseraError, ValidationError) as error:
-        sys.exit(str(error))
+    except ValidationError as error:
+        sys.exit(f"error: {told(error)}")
+    except TesseraError as error:
+        sys.exit(f"error: {error}")

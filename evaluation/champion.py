@@ -89,8 +89,16 @@ def current(store: Store) -> Champion:
 
 
 def _keys(store: Store) -> list[str]:
-    """Of the entries, in their order; what else may lie there, as a .DS_Store, is none."""
-    return [entry.key for entry in store.list(f"{FOLDER}/") if _ENTRY.fullmatch(entry.key)]
+    """Of the entries, in their order; what else may lie there, as a .DS_Store, is none. TesseraError where one is
+    missing: they are numbered from 1, and none is ever deleted."""
+    keys = sorted((e.key for e in store.list(f"{FOLDER}/") if _ENTRY.fullmatch(e.key)), key=lambda key: (len(key), key))
+    for number, key in enumerate(keys, start=1):
+        if key != _key(number):
+            raise TesseraError(
+                f"{store.url_for(_key(number))}: it is missing, and {key} is there; put it back, or move {FOLDER}/ "
+                "elsewhere and name a champion anew (--set)"
+            )
+    return keys
 
 
 def _read(store: Store, key: str) -> Champion:
@@ -115,10 +123,12 @@ def give(store: Store, evaluation: str) -> Champion:
     if root != store.url:
         raise TesseraError(f"{evaluation}: expected an evaluation of this storage, {store.url}")
     read_evaluation(evaluation)  # or it could be compared with nothing
+    entry = _entry(store, path, path, 1, "given", None)
+    artifacts.refuse_lost(store, entry.run)
     before = history(store)
     if before and (before[-1].evaluation, before[-1].root) == (path, path):
         return before[-1]  # it is already
-    return _added(store, _entry(store, path, path, before[-1].number + 1 if before else 1, "given", None))
+    return _added(store, replace(entry, number=before[-1].number + 1 if before else 1))
 
 
 def go_back(store: Store, number: int | None = None) -> Champion:
@@ -130,6 +140,7 @@ def go_back(store: Store, number: int | None = None) -> Champion:
         wanted = "of another run" if number is None else f"number {number}"
         raise TesseraError(f"{store.url}: no entry {wanted} to go back to; there are {len(before)}")
     target = other[-1]
+    artifacts.refuse_lost(store, target.run)
     how = f"rolled back to {target.number}"
     return _added(store, replace(target, number=now.number + 1, how=how, by=None, time=_now()))
 

@@ -79,11 +79,35 @@ def evaluation_path(recipe: Recipe, run: str, val_set: str) -> str:
     return artifacts.step_path("evaluate", SCHEMA_VERSION, recipe.method.decode, [run, val_set])
 
 
+def lost(store_url: str, path: str, val_set: ShardSet) -> list[str]:
+    """Keys of a finished evaluation that the store has not; the records of shards without all of their PNGs go.
+
+    So `evaluate_shard` makes those again.
+    """
+    store = open_store(store_url)
+    there = {entry.key for entry in store.list(f"{path}/")}
+    gone = [key for name in artifacts.PROMISED["evaluate"] if (key := f"{path}/{name}") not in there]
+    for shard in val_set.shards:
+        pngs = [key for i in shard.image_ids if (key := f"{path}/predictions/{_png(i)}") not in there]
+        if pngs:
+            store.delete(_record(path, shard))
+            gone += pngs
+    return gone
+
+
+def _png(image_id: int) -> str:
+    return f"{image_id:012d}.png"
+
+
+def _record(path: str, shard: Shard) -> str:
+    name = shard.key.rsplit("/", 1)[-1].removesuffix(".tar")
+    return f"{path}/shards/{name}.json"
+
+
 def evaluate_shard(job: EvalJob) -> ShardScore:
     """Predict and score one shard: PNGs, then the record; a shard that has its record is only read."""
     store = open_store(job.store_url)
-    name = job.shard.key.rsplit("/", 1)[-1].removesuffix(".tar")
-    key = f"{job.path}/shards/{name}.json"
+    key = _record(job.path, job.shard)
     if store.exists(key):
         return read_score(store, key, len(job.labels), job.shard.image_ids)
     method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
@@ -94,7 +118,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
         for sample, prediction in zip(samples, predictions, strict=True):
             score = measure_image(sample.panoptic, prediction, job.labels, f"image {sample.image_id}")
             total, by_image[sample.image_id] = total + score, score.pq
-            png_name = f"{sample.image_id:012d}.png"
+            png_name = _png(sample.image_id)
             store.write(f"{job.path}/predictions/{png_name}", coco_format.png(prediction))
             annotations.append(coco_format.annotation(prediction, job.labels, sample.image_id, png_name))
     result = ShardScore(total, by_image, tuple(annotations))

@@ -144,7 +144,8 @@ def write_grid(store: Store, title: str, outcomes: Sequence[Outcome]) -> Written
     lines = read_lines(store, outcomes)
     compared = _compared(lines)
     markdown = to_markdown(title, lines)
-    if artifacts.read_manifest(store, path) is None:
+    more = ["compare.html"] if len(compared) > 1 else []
+    if artifacts.read_manifest(store, path) is None or artifacts.lost(store, path, *more):
         store.write(f"{path}/table.parquet", to_parquet(lines))
         store.write(f"{path}/report.md", markdown.encode())
         if len(compared) > 1:

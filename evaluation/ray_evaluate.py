@@ -10,9 +10,10 @@ from evaluation.evaluate import (
     evaluation_path,
     galleries_of,
     gather,
+    lost,
 )
 from evaluation.report import Gallery, Report, read_report, write_report
-from infra import ray_cluster
+from infra import artifacts, ray_cluster
 from infra.in_use import in_use
 from infra.store import open_store
 from preprocessing.shards import ShardSet
@@ -23,13 +24,17 @@ log = logging.getLogger("tessera.evaluate")
 
 
 def evaluate(recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str, gpus: bool) -> Report:
-    """Predict and score every image of the val set exactly once, and write the report, unless it is there.
+    """Predict and score every image of the val set exactly once, and write the report, unless all of it is there.
 
     Each task has a GPU if `gpus`. Needs a Ray connection. Raises TesseraError as `gather` and `pq.compare` do.
     """
     path = evaluation_path(recipe, run.path, val_set.path)
     with in_use(open_store(store_url), f"{path}/"):
-        finished = read_report(recipe, store_url, path)
+        gone, finished = lost(store_url, path, val_set), None
+        if artifacts.read_manifest(open_store(store_url), path) is not None and gone:
+            log.warning("%s: %d objects of it are gone, the first is %s: made again", path, len(gone), gone[0])
+        elif not gone:
+            finished = read_report(recipe, store_url, path)
         if finished is not None:
             log.info("evaluated already: %s", path)
             return finished

@@ -6,7 +6,7 @@ was killed, or runs beside another, trains the same challenger. `manifest.json`,
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,9 +109,7 @@ def finish(
     store: Store, begun: Round, verdict: Verdict, beaten: str, challenger: str, promoted: Champion | None
 ) -> Outcome:
     """Write the comparison's page and the manifest. beaten, challenger: folders of the two evaluations."""
-    page = f"{begun.path}/compare.html"
-    rows = compare([read_evaluation(store.url_for(path)) for path in (beaten, challenger)])
-    store.write(page, to_html(rows).encode())
+    page = _write_page(store, begun.path, [beaten, challenger])
     manifest = artifacts.read_manifest(store, challenger, Finished)
     assert manifest is not None  # it was compared
     number = None if promoted is None else promoted.number
@@ -119,3 +117,25 @@ def finish(
     content = asdict(outcome) | {"runs": [begun.run], "evaluations": [beaten, challenger]}
     artifacts.write_manifest(store, begun.path, content)
     return outcome
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What the manifest of a round says of its page."""
+
+    evaluations: tuple[Key, ...]
+
+
+def mend(store: Store, path: str) -> None:
+    """Write the page of a finished round again, if it is gone; nothing is judged anew."""
+    finished = artifacts.read_manifest(store, path, _Finished)
+    if finished is not None and artifacts.lost(store, path):
+        log.warning("%s: its page is gone: made again", store.url_for(path))
+        _write_page(store, path, finished.evaluations)
+
+
+def _write_page(store: Store, path: str, evaluations: Sequence[str]) -> str:
+    """Its key."""
+    page = f"{path}/compare.html"
+    store.write(page, to_html(compare([read_evaluation(store.url_for(one)) for one in evaluations])).encode())
+    return page

@@ -16,6 +16,14 @@ from infra.store import Store, open_store
 
 MANIFEST = "manifest.json"
 T = TypeVar("T")
+PROMISED: dict[str, tuple[str, ...]] = {
+    "train": ("model.safetensors", "metrics.parquet"),
+    "evaluate": ("predictions.json", "images.json", "report.json", "report.md", "report.html"),
+    "retrain": ("compare.html",),
+    "ablate": ("table.parquet", "report.md", "report.html"),
+    "tune": (),
+}
+"""By step: what lies beside the manifest of each that is finished. "Done" is believed where all of it is there."""
 
 
 def digest(*facts: Any) -> str:
@@ -51,6 +59,24 @@ def read_manifest(store: Store, path: str, kind: Any = dict[str, Any]) -> Any:
 def write_manifest(store: Store, path: str, content: dict[str, Any]) -> None:
     """Declare the step done. Racing writers of one path hold equal content, so the first one stays."""
     store.create(f"{path}/{MANIFEST}", json.dumps(content, indent=1, default=_plain).encode())
+
+
+def lost(store: Store, path: str, *more: str) -> list[str]:
+    """What the manifest of a finished step promises beside itself, and the store has not: names in its folder.
+
+    more: names that only some steps of its kind have.
+    """
+    return [name for name in (*PROMISED[path.partition("/")[0]], *more) if not store.exists(f"{path}/{name}")]
+
+
+def refuse_lost(store: Store, path: str) -> None:
+    """TesseraError, with what to do, for a finished step that has lost something."""
+    if names := lost(store, path):
+        url = store.url_for(path)
+        raise TesseraError(
+            f"{url}: it is finished, and {', '.join(names)} of it is gone; put that back, or delete {url}/{MANIFEST} "
+            "and run again what has made it"
+        )
 
 
 def _plain(value: Any) -> Any:

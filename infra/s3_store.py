@@ -132,6 +132,20 @@ class S3Store(Store):
             self._patiently(lambda: self._client.upload_fileobj(io.BytesIO(data), **_address(url)))
 
     def create(self, key: str, data: bytes) -> bool:
+        place = os.environ.get("AWS_ENDPOINT_URL"), _address(self.url)["Bucket"]
+        if place not in _keeping:  # once in a process: all that races counts on it, from uploads to champions
+            self._refuse_replacing()
+            _keeping.add(place)
+        return self._create(key, data)
+
+    def _refuse_replacing(self) -> None:
+        probe = f"probe-{uuid.uuid4().hex}"
+        both = self._create(probe, b"") and self._create(probe, b"")
+        self.delete(probe)
+        if both:
+            raise TesseraError(f"{self.url} replaces objects that it was asked to keep (If-None-Match)")
+
+    def _create(self, key: str, data: bytes) -> bool:
         writer = {"writer": uuid.uuid4().hex}
         with _telling("create", url := self.url_for(key)):
             try:
@@ -277,6 +291,7 @@ class _S3Stream(io.RawIOBase):
         super().close()
 
 
+_keeping = set[tuple[str | None, str]]()  # endpoints and buckets that have kept what they were asked to keep
 _LOCK = Lock()
 # Or a child forked while another thread connects would find the lock held for ever.
 os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)

@@ -28,7 +28,7 @@ from pipelines.steps import step
 from preprocessing import shards
 from preprocessing.inbox import SETTLED, Decision, Upload, decisions, uploads
 from preprocessing.ray_inbox import take_in
-from preprocessing.shards import ShardSet, join, read_set
+from preprocessing.shards import ShardSet, join, lost_shards, read_set
 from training.ray_train import run_training
 from training.recipe import Recipe
 from training.run import RunFacts, TrainedRun, read_run, start_weights
@@ -131,6 +131,11 @@ def there(store: Store, path: str) -> ShardSet:
     found = read_set(store, path)
     if found is None:
         raise TesseraError(f"{store.url_for(path)}: an accepted upload, or a round, refers to this set, and it is gone")
+    if gone := lost_shards(store, found):
+        raise TesseraError(
+            f"{store.url_for(path)}: an accepted upload, or a round, refers to this set, and {len(gone)} of its shards "
+            f"are gone, as {min(gone)}; put them back, or delete the upload's decision (uploads/) to take it in anew"
+        )
     return found
 
 
@@ -153,6 +158,8 @@ def idle(job: Retrain, line: Line) -> str:
         return "nothing new: of the inbox nothing is accepted for the champion's line"
     path = rounds.round_path(job.settings, line.champion.root, train_set)
     if artifacts.read_manifest(store, path) is not None:
+        with in_use(store, f"{path}/", "evaluate/"):
+            rounds.mend(store, path)
         return f"nothing new: all that was accepted has been tried with these settings, {store.url_for(path)}"
     trained = artifacts.read_manifest(store, line.champion.run, RunFacts)
     begun = store.exists(f"{path}/plan.json")  # by a round that was killed after its promotion

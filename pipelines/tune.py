@@ -10,6 +10,7 @@ import sys
 from pydantic import ValidationError
 
 from evaluation.tune import tune
+from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.fields import told
@@ -29,6 +30,7 @@ def main(job: TrainCoco) -> None:
     run = read_run(storage, chosen.run_path(train_set.path))
     if run is None:
         raise TesseraError(f"{storage}: no finished run of this job; run train-coco first")
+    artifacts.refuse_lost(open_store(storage), run.path)
     found = tune(chosen, run.path, val_set, storage)
     before, best = found.trials[0].pq, found.best.pq
     print(f"PQ {before:.2f} -> {best:.2f} after {len(found.trials)} trials, {storage}/{found.path}/manifest.json")

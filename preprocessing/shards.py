@@ -174,13 +174,18 @@ def _newest_sets(store: Store, family: str) -> Iterator[ShardSet]:
             yield found
 
 
+def lost_shards(store: Store, done: ShardSet) -> set[str]:
+    """Keys of the tars that a finished set lists and the store has lost or cut."""
+    sizes = {entry.key: entry.size for entry in store.list(f"{FOLDER}/shards/")}
+    return {shard.key for shard in done.shards if sizes.get(shard.key) != shard.bytes}
+
+
 def forget_lost(store: Store, jobs: Sequence[ShardJob], done: ShardSet) -> list[ShardJob]:
     """The jobs whose tar a finished set lists and the store has lost or cut.
 
     Their records are deleted, so that `compute_shard` makes them again.
     """
-    sizes = {entry.key: entry.size for entry in store.list(f"{FOLDER}/shards/")}
-    lost = {shard.key for shard in done.shards if sizes.get(shard.key) != shard.bytes}
+    lost = lost_shards(store, done)
     for key in lost:
         store.delete(_record_key(key))
     return [job for job in jobs if job.key in lost]

@@ -38,7 +38,7 @@ from training.metrics import Row, write_metrics
 from training.parallel import Place, agreed, gathered
 from training.ray_group import torch_config
 from training.recipe import Recipe
-from training.run import TrainedRun, finish_best, read_run, start_weights, write_weights
+from training.run import TrainedRun, finish_best, forget_lost, read_run, start_weights, write_weights
 from training.shares import Crew
 
 _SILENT_SECONDS = 180.0  # before the flow's log says that nothing happens
@@ -93,6 +93,7 @@ def run_training(
     """
     store, path = open_store(store_url), recipe.run_path(train_set.path, init)
     with in_use(store, f"{path}/"):
+        forget_lost(store, path)
         finished = read_run(store_url, path)
         if finished is not None:
             log.info("trained already: %s", path)

@@ -66,6 +66,30 @@ def read_run(store_url: str, path: str) -> TrainedRun | None:
     return None if content is None else TrainedRun(path, content.steps, content.seconds)
 
 
+def forget_lost(store: Store, path: str) -> None:
+    """Take back that a run is finished whose weights are gone, so that it is trained again.
+
+    Raises TesseraError, with what to do, where something else of it is gone: new weights would not be those that were
+    evaluated. That the weights of its best checkpoint are gone is told.
+    """
+    content = artifacts.read_manifest(store, path)
+    if content is None:
+        return
+    best = content.get("best")
+    named = best.get("run") if isinstance(best, dict) else None
+    of_best = named if isinstance(named, str) and named != path else None
+    if WEIGHTS in artifacts.lost(store, path):
+        log.warning("%s/%s is gone: the run is trained again", store.url_for(path), WEIGHTS)
+        for finished in (of_best, path):
+            if finished is not None:
+                store.delete(f"{finished}/{artifacts.MANIFEST}")
+        return
+    artifacts.refuse_lost(store, path)
+    if of_best is not None and (names := artifacts.lost(store, of_best)):
+        told = "%s: %s of the best checkpoint is gone; delete %s/%s to train the run again"
+        log.warning(told, store.url_for(of_best), ", ".join(names), store.url_for(path), artifacts.MANIFEST)
+
+
 def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None) -> tuple[Recipe, Method]:
     """Recipe and trained method of a finished run, with nothing but the store at hand; in evaluation mode, on the CPU.
 
@@ -77,6 +101,7 @@ def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None
     content = artifacts.read_manifest(store, path, RunFacts)
     if content is None:
         raise TesseraError(f"{store.url_for(path)}: no finished run")
+    artifacts.refuse_lost(store, path)
     labels = _labels_of(store, path, content)
     recipe = Recipe.from_json(content.recipe, store.url_for(path)).decoding(options or {})
     return recipe, load_method(recipe, labels, store_url, path)
@@ -142,6 +167,7 @@ def start_weights(recipe: Recipe, labels: LabelTable, store_url: str, init: str)
     content = artifacts.read_manifest(store, init, RunFacts)
     if content is None:
         raise TesseraError(f"{store.url_for(init)}: no finished run to start from")
+    artifacts.refuse_lost(store, init)
     theirs = _labels_of(store, init, content)
     weights = _weights(store, init)
     with torch.device("meta"):

@@ -11,6 +11,7 @@ import pytest
 from evaluation import champion
 from evaluation.champion import Champion, current, follow, give, go_back, history, judge, promote, resolve
 from evaluation.report import GroupPQ
+from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from preprocessing.shards import ShardConfig
@@ -43,6 +44,8 @@ def entry(number: int, run: str = "train/a", how: str = "promoted") -> Champion:
 def named(store: Store, *runs: str) -> None:
     for number, run in enumerate(runs, start=len(history(store)) + 1):
         assert follow(store, entry(number, f"train/{run}"))
+        for name in artifacts.PROMISED["train"]:
+            store.write(f"train/{run}/{name}", b"")
 
 
 def runs(store: Store) -> str:
@@ -212,3 +215,21 @@ def test_the_champion_of_a_storage_is_a_run_like_any_other(store: Store):
     named(store, "a", "b")
     assert resolve(f"{store.url}/champion") == resolve(f"{store.url}/champion/") == f"{store.url}/train/b"
     assert resolve("champion") == "champion"
+
+
+def test_a_missing_number_is_named_and_what_is_no_entry_is_not_one(store: Store):
+    named(store, "a", "b", "c")
+    store.write("champion/.DS_Store", b"")
+    assert runs(store) == "abc"
+    store.delete("champion/000002.json")
+    for look in (history, current):
+        with pytest.raises(TesseraError, match=r"champion/000002\.json: it is missing, and champion/000003"):
+            look(store)
+
+
+def test_a_run_whose_weights_are_gone_becomes_no_champion(store: Store):
+    named(store, "a", "b")
+    store.delete("train/a/model.safetensors")
+    with pytest.raises(TesseraError, match=r"train/a: .*model\.safetensors of it is gone.*delete .*train/a"):
+        go_back(store)
+    assert runs(store) == "ab"

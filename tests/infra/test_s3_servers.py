@@ -123,6 +123,7 @@ def test_half_a_body_is_read_on_or_an_error(server: OddS3, odd: str, told: str):
 
 def test_a_winner_is_known_by_metadata_in_any_case_of_letters(server: OddS3):
     store = open_store("s3://b/x")
+    assert store.create("first", b"")  # asks what the server is like
     server.odd = {"lost-answer"}
     assert store.create("k", b"mine")
     assert not store.create("k", b"mine")
@@ -185,3 +186,16 @@ def _certificate(folder: Path) -> Path:
     subprocess.run(command, check=True, capture_output=True)
     both.write_bytes(key.read_bytes() + certificate.read_bytes())
     return both
+
+
+def test_a_server_that_replaces_is_refused_by_the_first_that_creates(server: OddS3):
+    """Or two champions would have one number: no command creates anything before this is known."""
+    store = open_store("s3://b/x")
+    server.odd = {"replaces"}
+    for _ in range(2):
+        with pytest.raises(TesseraError, match=r"s3://b/x replaces objects that it was asked to keep"):
+            store.create("champion/000001.json", b"{}")
+    assert not server.objects
+    server.odd = set()
+    assert store.create("k", b"")
+    assert not store.create("k", b"")

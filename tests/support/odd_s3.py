@@ -73,7 +73,7 @@ class _Answers(BaseHTTPRequestHandler):
         if conditional and "unconditional" in self.server.odd:
             return self.refuse(501, "NotImplemented")
         with self.server.lock:
-            if conditional and self.key in self.server.objects:
+            if conditional and "replaces" not in self.server.odd and self.key in self.server.objects:
                 return self.refuse(412, "PreconditionFailed")
             meta = {
                 name.title(): value for name, value in self.headers.items() if name.lower().startswith("x-amz-meta")

@@ -14,6 +14,7 @@ MISSING = "missing"  # the version of a package that is not installed
 VARIABLES = ("TESSERA_CACHE", "TESSERA_CACHE_GB", "TESSERA_RAY", "TESSERA_STORAGE", "TESSERA_STORE_PATIENCE")
 _CLOCK_WARN, _CLOCK_BAD = 5.0, 60.0  # seconds; S3 refuses signatures of 15 minutes ago
 _LEAST_MEMORY_GB, _LEAST_SHM_GB = 1.0, 0.25  # Ray keeps 0.2 GB there, and loader processes their batches
+_LEAST_FILES = 4096  # Ray's own bound for a warning
 _NTP = "set the clock that is wrong (chrony, systemd-timesyncd): S3 refuses requests that are 15 min off"
 
 
@@ -86,6 +87,10 @@ class Facts:
     shm_gb: float | None = None
     gpus: tuple[str, ...] | None = None
     gpu_problem: str = ""
+    code: tuple[tuple[str, str], ...] = ()
+    """Folders whose files are run, and why another user could put some there; empty: none could."""
+    files: int | None = None
+    """How many files a process may have open at most; None: any number."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def examine(driver: Place, nodes: Sequence[Place], demands: Demands) -> list[Row
     """All that follows from the facts; places with the same finding share a row."""
     places = [driver, *nodes]
     rows = [*_answers(nodes), *_versions(driver, nodes), *_stores(places, demands), *_clocks(driver, nodes)]
-    rows += [*_gpus(nodes, demands.gpus), *_disks(places, demands), *_memory(places), *_variables(places, demands)]
+    rows += [*_gpus(nodes, demands.gpus), *_disks(places, demands), *_memory(places), *_processes(places)]
+    rows += _variables(places, demands)
     return list(merged(rows))
 
 
@@ -242,6 +248,21 @@ def _memory(places: Sequence[Place]) -> Iterator[Row]:
             yield _room("memory", where, facts.memory_gb, _LEAST_MEMORY_GB, todo)
         if facts.shm_gb is not None:
             yield _room("/dev/shm", where, facts.shm_gb, _LEAST_SHM_GB, "enlarge it (docker --shm-size)")
+
+
+def _processes(places: Sequence[Place]) -> Iterator[Row]:
+    for where, facts in _known(places):
+        if facts.files is not None and facts.files < _LEAST_FILES:
+            found = f"{facts.files} a process, at least {_LEAST_FILES} expected"
+            yield Row("open files", where, Verdict.WARN, found, f"ulimit -n {_LEAST_FILES}, before Ray starts there")
+        for folder, problem in facts.code:
+            found = f"{folder}: {problem}" if problem else f"{folder}: ours alone"
+            todo = (
+                "chmod go-w, or set NUMBA_CACHE_DIR to a folder of this user's: what lies there is run"
+                if problem
+                else ""
+            )
+            yield Row("compiled code", where, Verdict.WARN if problem else Verdict.OK, found, todo)
 
 
 def _room(what: str, where: str, free: float, least: float, todo: str) -> Row:

@@ -8,6 +8,7 @@ import contextvars
 import os
 import platform
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -29,10 +30,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from infra import ray_address, ray_cluster
 from infra.errors import TesseraError
 from infra.health import MISSING, Clock, Disk, Facts, Place, StoreFacts
+from infra.opening import check_owner
 from infra.store import open_store
 
 T = TypeVar("T")
 
+_CODE = Path(__file__).parents[1] / "preprocessing"
 _PACKAGES = ("ray", "torch", "numpy", "numba", "prefect")
 PROBES = "probe"  # a folder of its own: to list the root of a large folder store takes long
 _MIB = bytes(1 << 20)
@@ -74,6 +77,8 @@ def gather(storage: str, mark: str | None, gpus: bool, seconds: float) -> Facts:
         shm_gb=_free_gb(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
         gpus=names,
         gpu_problem=problem,
+        code=tuple(_code()),
+        files=_files(),
     )
 
 
@@ -303,6 +308,24 @@ def _memory_gb() -> float | None:
             files = re.findall(r"^(?:in)?active_file (\d+)$", Path(parts).read_text(), re.MULTILINE)  # given up at need
             left.append(int(Path(limit).read_text()) - int(Path(use).read_text()) + sum(map(int, files)))
     return min(left) / 1e9 if left else None
+
+
+def _code() -> Iterator[tuple[str, str]]:
+    """Where compiled kernels lie, which are unpickled and run: beside the code, or where NUMBA_CACHE_DIR says."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    for folder in [Path(named)] if named else [_CODE, _CODE / "__pycache__"]:
+        if folder.exists():
+            try:
+                check_owner(folder.stat())
+            except OSError as error:
+                yield str(folder), masked(str(error))
+            else:
+                yield str(folder), ""
+
+
+def _files() -> int | None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # Ray raises the soft one to it
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def _gpus() -> tuple[tuple[str, ...], str]:

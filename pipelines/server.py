@@ -47,8 +47,13 @@ def prefect_server(home: Path) -> Iterator[None]:
     if "PREFECT_API_URL" in os.environ:
         yield
         return
-    home.mkdir(parents=True, exist_ok=True)  # the database does not make it
-    home.chmod(0o700)  # in it are the jobs and logs of all runs
+    try:
+        home.mkdir(parents=True, exist_ok=True)  # the database does not make it
+        home.chmod(0o700)  # in it are the jobs and logs of all runs
+    except OSError as error:
+        raise TesseraError(
+            f"the Prefect server cannot keep its files in {home}: {error}; start where you may write"
+        ) from error
     (port,) = processes.free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
     os.environ |= settings(url)

@@ -287,3 +287,17 @@ def test_a_missing_token_is_told(tmp_path, monkeypatch):
         with pytest.raises(TesseraError, match="this user has no token; set RAY_AUTH_MODE=token and give"):
             ray_health.connected(address, 120).__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_another_user_could_write_and_too_few_files_are_told(tmp_path, monkeypatch):
+    cache = tmp_path / "numba"
+    cache.mkdir(mode=0o700)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
+    facts = gather(str(tmp_path / "store"), None, gpus=False, seconds=60)
+    assert facts.code == ((str(cache), ""),)
+    cache.chmod(0o777)
+    sick = replace(gather(str(tmp_path / "store"), None, gpus=False, seconds=60), files=256)
+    rows = {row.what: row for row in health.examine(Place("driver", sick), [], FOLDER)}
+    assert rows["compiled code"].verdict == "warn"
+    assert "others may write it (mode 777)" in rows["compiled code"].found
+    assert rows["open files"].todo.startswith("ulimit -n")

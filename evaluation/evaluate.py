@@ -67,6 +67,8 @@ class Scores:
     score: Score
     by_image: dict[int, PQStats]
     annotations: tuple[dict[str, Any], ...]
+    oracle: dict[str, Any] | None = None
+    """What perfect outputs decode to, as OracleScore.summary says it."""
 
     @property
     def images(self) -> int:
@@ -110,7 +112,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     key = _record(job.path, job.shard)
     if store.exists(key):
         return read_score(store, key, len(job.labels), job.shard.image_ids)
-    method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
+    method = cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
     for samples in load_samples(job.store_url, job.shard, method.images_at_once):
         outputs = method.predict(method.inputs([decode_image(sample.image) for sample in samples]))
@@ -161,7 +163,7 @@ def galleries_of(scores: Scores) -> dict[str, list[int]]:
 
 def draw_shard(job: EvalJob, image_ids: frozenset[int]) -> dict[int, dict[str, str]]:
     """Base64 PNGs by title of those images of the shard: image, what the network says, prediction and truth."""
-    method = _cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
+    method = cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     samples = (sample for batch in load_samples(job.store_url, job.shard) for sample in batch)
     return {s.image_id: _pictures(method, s) for s in samples if s.image_id in image_ids}
 
@@ -174,7 +176,7 @@ def load_samples(store_url: str, shard: Shard, at_once: int = 16) -> Iterator[li
 
 
 @lru_cache(maxsize=1)
-def _cached_method(recipe: Recipe, labels: LabelTable, store_url: str, run: str) -> Method:
+def cached_method(recipe: Recipe, labels: LabelTable, store_url: str, run: str) -> Method:
     """A worker process evaluates many shards with the same weights."""
     return load_method(recipe, labels, store_url, run)
 

@@ -1,6 +1,7 @@
 """Evaluation as Ray tasks, one a shard."""
 
 import logging
+from dataclasses import replace
 
 from evaluation.evaluate import (
     EvalJob,
@@ -12,6 +13,7 @@ from evaluation.evaluate import (
     gather,
     lost,
 )
+from evaluation.oracle import OracleScore, oracle_parts, oracle_shard
 from evaluation.report import Gallery, Report, read_report, write_report
 from infra import artifacts, ray_cluster
 from infra.in_use import in_use
@@ -53,6 +55,11 @@ def _evaluate(recipe: Recipe, run: TrainedRun, val_set: ShardSet, store_url: str
     scores = gather(
         ray_cluster.map_tasks(evaluate_shard, ((job,) for job in jobs.values()), report, **options), val_set
     )
+    parts = [(jobs[shard.key], images) for shard, images in oracle_parts(val_set)]
+    bound = sum(
+        ray_cluster.map_tasks(oracle_shard, parts, lambda part: None, **options), OracleScore.zero(val_set.labels)
+    )
+    scores = replace(scores, oracle=bound.summary(val_set.labels))
     galleries = galleries_of(scores)
     wanted = frozenset(i for ids in galleries.values() for i in ids)
     drawing = [(job, wanted) for job in jobs.values() if wanted.intersection(job.shard.image_ids)]

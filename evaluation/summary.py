@@ -113,6 +113,7 @@ def summary_of(scores: Scores, labels: LabelTable) -> dict[str, Any]:
     - `semantic`: mIoU of the panoptic map's categories, and by category
     - `sizes`: by square root of the area: instances, their mean best IoU, PQ of segments of that size
     - `confusions`: what most pixels were called that are of another category, as shares of it and of all
+    - `oracle`: what a perfect network's outputs decode to with these options, on some images; see evaluation.oracle
     - `images`: PQ by image id
 
     All in percent; None where there is nothing to measure.
@@ -127,6 +128,7 @@ def summary_of(scores: Scores, labels: LabelTable) -> dict[str, Any]:
         "semantic": _semantic(score, labels),
         "sizes": _sizes(score, labels),
         "confusions": _confusions(score, labels),
+        "oracle": scores.oracle,
         "images": {str(i): None if np.isnan(pq) else pq for i, pq in each},
     }
 

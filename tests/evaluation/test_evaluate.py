@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import oracle
 from evaluation.evaluate import EvalJob, Scores, ShardScore, draw_shard, evaluate_shard, galleries_of, gather
 from evaluation.ray_evaluate import evaluate
 from evaluation.summary import summary_of
@@ -135,3 +136,21 @@ def test_a_task_whose_worker_dies_is_done_again_and_counted_once(store: Store, r
     assert marker.exists()
     assert bits(kept["scores"]) == expected
     assert len(report.summary["images"]) == IMAGES
+
+
+def test_what_perfect_outputs_decode_to_says_what_the_options_cost(store: Store, run: str, val_set, monkeypatch):
+    monkeypatch.setattr(oracle, "IMAGES", 7)
+    shards = val_set(4)
+    parts = list(oracle.oracle_parts(shards))
+    assert [images for _, images in parts] == [4, 3]
+    found = []
+    for recipe in (debug(), debug().changed({"method.decode.min_stuff_area": 0.5})):
+        jobs = [
+            (EvalJob(recipe, store.url, run, "evaluate/x", shards.labels, shard), images) for shard, images in parts
+        ]
+        scores = [oracle.oracle_shard(*job) for job in jobs]
+        found.append(sum(scores, oracle.OracleScore.zero(shards.labels)).summary(shards.labels))
+    whole, cut = found
+    assert whole["images"] == cut["images"] == 7
+    assert whole["pq"]["stuff"] > 90 > cut["pq"]["stuff"]
+    assert whole["pq"]["things"] == cut["pq"]["things"] > 50

@@ -41,7 +41,9 @@ def coco() -> Recipe:
     """Panoptic-DeepLab with ResNet-50 on COCO train2017, crops of 640 x 640.
 
     Departs from the public code: group norms in the decoders and the published statistics in the backbone where that
-    has batch norms over all workers, ResNet-50 where it has a deeper stem, one frame of 640 x 640 in evaluation.
+    has batch norms over all workers, ResNet-50 where it has a deeper stem, one frame of 640 x 640 in evaluation. The
+    code's least stuff area, 4096 px, bounds a perfect network at PQ 93.7, stuff 86.4, on 50 val images (99.8 at 0.001,
+    100 without): another `method.decode.min_stuff_area` evaluates anew and trains nothing.
 
     Expected: 35.5 PQ on val2017 (its authors' code, and the base in PISR's table). Hardware: not stated; 200,000 steps
     of 64 images. Measured: never.

@@ -21,7 +21,8 @@ class DecodeConfig:
     most: int = 200
     """Centres of an image, the best ones."""
     min_stuff_area: float = 1 / 1024
-    """Share of the image's pixels under which a stuff segment becomes void (D: 2048 of 1024 x 2048 pixels)."""
+    """Share of the image's pixels under which a stuff segment becomes void (D: 2048 of 1024 x 2048 pixels). It bounds
+    what the best network can reach; a report says by how much."""
 
     def __post_init__(self) -> None:
         if not (self.window >= 3 and self.window % 2 and self.most >= 1 and 0 <= self.min_stuff_area < 1):

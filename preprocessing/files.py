@@ -21,7 +21,7 @@ from infra.text import shown
 from preprocessing.unpacking import unpacked
 
 _MOST_INFLATED = 50
-"""How much larger a file may be than it is in a zip: annotations are 5 to 25 times as large, a bomb up to 1032."""
+"""How much larger a file may be than it is in a zip: indented annotations are 15 times as large, a bomb up to 1032."""
 _SMALL = 1 << 24
 """Bytes up to which it may be anything."""
 
@@ -192,7 +192,8 @@ def _fault(info: zipfile.ZipInfo) -> str:
     if info.volume:
         return "it lies in another part of a zip in parts; join those to one"
     if info.file_size > max(_SMALL, _MOST_INFLATED * info.compress_size) and info.compress_type:
-        return f"it would inflate from {info.compress_size} bytes to {info.file_size}, as only a zip bomb does"
+        grows = f"it would inflate from {info.compress_size} bytes to {info.file_size}"
+        return f"{grows}, as only a zip bomb does; unpack it if it is none"
     return ""
 
 

@@ -227,6 +227,21 @@ def _(folder: Path) -> object:
     return Tree(folder).folder("panoptic")
 
 
+@case("json-in-zip-bomb", r"set\.zip/annotations/panoptic_train2017\.json: cannot be read \(it would inflate from")
+def _(folder: Path) -> object:
+    """Of 300 kB, which would be 7 GB of empty lists."""
+    (folder / "set").mkdir()
+    with zipfile.ZipFile(folder / "set/set.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        for name in ("train2017/1.jpg", "annotations/panoptic_train2017/1.png"):
+            made.writestr(name, PLAIN)
+        with made.open("annotations/panoptic_train2017.json", "w") as member:
+            member.write(b'{"images": [')
+            for _ in range(300):
+                member.write(b"[],[],[],[]," * 87_000)
+            member.write(b"[]]}")
+    return precomputed(folder / "set", "train2017")
+
+
 # ---- the inbox
 
 

@@ -103,7 +103,12 @@ def _done(output: Store, work: Work, item: Item) -> Row | None:
         row = json.loads(output.read(record)) if output.exists(record) else None
     except (TesseraError, ValueError):  # a name that is no key: reading the image will say so; or a damaged record
         return None
-    return row if row and row["key"] == item.key(work) and output.exists(f"{work.folder}/{item.png}") else None
+    promised = [f"{work.folder}/{item.png}", *([_overlay(item)] if work.overlays else [])]
+    return row if row and row["key"] == item.key(work) and all(map(output.exists, promised)) else None
+
+
+def _overlay(item: Item) -> str:
+    return f"overlays/{PurePosixPath(item.png).with_suffix('.jpg')}"
 
 
 def _batches(work: Work, items: Sequence[Item], failed: list[Failure]) -> Iterator[list[tuple[Item, UserImage]]]:
@@ -159,7 +164,7 @@ def _write(output: Store, work: Work, item: Item, prediction: Prediction) -> Row
     if work.overlays:
         buffer = io.BytesIO()
         Image.fromarray(prediction.overlay(_OVERLAY)).save(buffer, "JPEG", quality=90)
-        output.write(f"overlays/{PurePosixPath(item.png).with_suffix('.jpg')}", buffer.getvalue())
+        output.write(_overlay(item), buffer.getvalue())
     height, width = prediction.panoptic.size
     row = {
         "key": item.key(work),

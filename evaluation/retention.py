@@ -63,6 +63,7 @@ _PROBE = re.compile(r"probe[-/][0-9a-f]{32}$")
 _CHECKPOINT = re.compile(rf"train/{_HASH}/checkpoints/\d+\.pt$")
 _UNIT = re.compile(
     rf"precompute/shards/{_HASH}(?=\.(tar|json)$)|(train|evaluate|retrain)/{_HASH}(?=/|$)|{_PROBE.pattern}"
+    rf"|data/synthetic-{_HASH}\.part-[^/]+(?=/)"  # a synthetic set that was being written
 )
 
 
@@ -236,6 +237,8 @@ def _reason(unit: str, done: bool, states: bool, held: Sequence[str]) -> str | N
         case "retrain":
             # Between its steps a round says nothing: any work in progress may be of it.
             return None if done or held else "given up without a verdict"
+        case "data":
+            return "its writer was killed"
         case _:
             return "left by a check of the store that was killed"
 

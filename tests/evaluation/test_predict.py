@@ -130,9 +130,10 @@ def test_a_second_call_does_only_what_is_new_or_changed(run, tmp_path, told):
     assert {path: path.stat().st_mtime_ns for path in (output / "predictions").iterdir()} == before
     write(source, {"2.jpg": encoded(scene(60, 60), "JPEG"), "7.jpg": files["1.jpg"]})
     (output / "predictions/3.png").unlink()
+    (output / "overlays/4.jpg").unlink()
     told.clear()
     assert main(call) == 0
-    assert "5 images done, 3 of them now" in told.text
+    assert "5 images done, 4 of them now" in told.text
     again = check_listing(output)
     assert [(image["id"], image["height"]) for image in again["images"]] == [
         (1, 21),

@@ -85,7 +85,12 @@ def partials(store: Store) -> list[str]:
 def test_what_killed_writers_left_is_shown_and_goes_after_a_day(tmp_path: Path):
     store, told = open_store(str(tmp_path)), list[str]()
     old, young = partials(store)
+    half = [f"data/synthetic-{GONE}.part-abc/set/train2017/1.jpg", f"probe/{'a' * 32}"]
+    for key in (*half, f"data/synthetic-{GONE}/train2017/1.jpg"):
+        store.write(key, b"")
+        dated(store, key, -60 * 86400)
     sweep(store, timedelta(days=30), told.append)
+    assert [entry.key for entry in store.list()] == [f"data/synthetic-{GONE}/train2017/1.jpg"]
     assert re.search(r"unfinished writes +2 +10\.0 kB +0 d +2 d +5\.0 kB  1 its writer was killed", told[0])
     assert f"5.0 kB        1     2 d  {old}: its writer was killed" in told[0]
     assert [entry.key for entry in store.partials()] == [young]

@@ -15,6 +15,7 @@ from evaluation.grid_stats import Difference, Pair, Stated, paired, ranked, summ
 from evaluation.report import page, percent
 from infra import artifacts
 from infra.store import Store
+from infra.text import SENTENCE, markdown
 from infra.version import code_version
 
 SCHEMA_VERSION = 2
@@ -240,11 +241,11 @@ def to_markdown(title: str, lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         pq, *figures = [str(line.over_seeds(name) or "-") for name in FIGURES]
-        cells = [line.title, str(len(line.finished)), pq, str(difference(line, lines[0]) or "-"), *figures]
+        cells = [markdown(line.title), str(len(line.finished)), pq, str(difference(line, lines[0]) or "-"), *figures]
         rows.append([*cells, f"{line.worker_hours:.2f}", *([percent(line.published)] if published else [])])
-    parts = [f"### {title}", _table(heads, rows), *_order_told(papers_order(lines))]
+    parts = [f"### {markdown(title)}", _table(heads, rows), *_order_told(papers_order(lines))]
     parts += [
-        f"- **{_cell(failed.row)}, seed {failed.seed}** failed: {_cell(failed.error or '')}"
+        f"- **{markdown(failed.row)}, seed {failed.seed}** failed: {markdown(failed.error or '', SENTENCE)}"
         for failed in failures(lines)
     ]
     return "\n\n".join(parts)
@@ -252,18 +253,16 @@ def to_markdown(title: str, lines: Sequence[Line]) -> str:
 
 def _order_told(pairs: Sequence[Pair]) -> list[str]:
     heads = ["higher in the paper", "lower", "the paper", "ours", "verdict"]
-    rows = [[p.higher, p.lower, f"{p.published:+.1f}", str(p.ours or "-"), p.verdict] for p in pairs]
+    rows = [
+        [markdown(p.higher), markdown(p.lower), f"{p.published:+.1f}", str(p.ours or "-"), p.verdict] for p in pairs
+    ]
     return ["#### The paper's order", summed_up(pairs), _table(heads, rows)] if pairs else []
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells to the right, those of the first column to the left."""
-    listed = [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
+    listed = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}", *listed])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def failures(lines: Sequence[Line]) -> list[Outcome]:

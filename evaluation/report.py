@@ -16,6 +16,7 @@ from evaluation.summary import read_summary, summary_of
 from infra import artifacts
 from infra.records import Count, Key, Percent
 from infra.store import open_store
+from infra.text import markdown
 from infra.version import code_version
 from preprocessing.labels import LabelTable
 from preprocessing.shards import ShardSet
@@ -116,7 +117,7 @@ def write_report(
 def to_markdown(recipe: Recipe, summary: dict[str, Any], images: int) -> str:
     """The headline table."""
     lines = [
-        f"### {recipe.name}: panoptic quality on {images} images",
+        f"### {markdown(recipe.name)}: panoptic quality on {images} images",
         "",
         "| | PQ | 95 % | SQ | RQ |",
         "|---|---:|---:|---:|---:|",

@@ -20,6 +20,7 @@ from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from infra import interrupt, ray_address, ray_local
 from infra.errors import TesseraError
+from infra.text import sentence
 from infra.version import SHIPPED, code_version
 
 T = TypeVar("T")
@@ -192,7 +193,7 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One of them."""
-        self.tell(record.getMessage())
+        self.tell(sentence(record.getMessage()))
 
 
 def _window() -> int:

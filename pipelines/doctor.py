@@ -20,6 +20,7 @@ from infra import ray_health
 from infra.errors import TesseraError
 from infra.health import Demands, Place, Row, Verdict, examine
 from infra.store import open_store
+from infra.text import SENTENCE, markdown
 from pipelines import server_health
 from pipelines.fields import Gigabytes, Seconds, told
 from pipelines.jobs import StoredJob
@@ -46,7 +47,7 @@ def doctor(job: Doctor = Doctor()) -> dict[str, int]:  # noqa: B008 (frozen)
     with flow_logs():
         rows = check(job)
         create_markdown_artifact(to_markdown(rows), key="doctor", description="What is wrong with the installation")
-        log.info("%s", to_text(rows))
+        log.info("\n%s", to_text(rows))
         bad = [row for row in rows if row.verdict is Verdict.BAD]
         if bad:
             first = f"{bad[0].what} ({bad[0].where}): {bad[0].found}"
@@ -108,7 +109,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     lines = [f"### {ending(rows)}", "", "| | check | where | found | what to do |", "|---|---|---|---|---|"]
     for row in rows:
         cells = (row.verdict, row.what, row.where, row.found, row.todo)
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        lines.append(f"| {' | '.join(markdown(cell, SENTENCE) for cell in cells)} |")
     return "\n".join(lines)
 
 

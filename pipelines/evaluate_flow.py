@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from evaluation import ray_evaluate
 from evaluation.report import Report
 from infra import ray_cluster
+from infra.text import markdown
 from pipelines.evaluate_job import Evaluate
 from pipelines.logs import flow_logs
 from pipelines.steps import step
@@ -55,5 +56,7 @@ def evaluate_run(job: Evaluate, recipe: Recipe, val_set: ShardSet) -> Report:
     run = read_run(job.storage, job.run_path)
     assert run is not None  # check_job opened it
     report = ray_evaluate.evaluate(recipe, run, val_set, job.storage, job.gpus)
-    create_markdown_artifact(f"{report.markdown}\n\n{report.url}", key="pq-report", description=f"PQ on {job.split}")
+    create_markdown_artifact(
+        f"{report.markdown}\n\n{report.url}", key="pq-report", description=f"PQ on {markdown(job.split)}"
+    )
     return report

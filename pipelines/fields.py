@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from infra.text import sentence, shown
+from infra.text import quoted, sentence, shown
 
 _DEEP = 8
 _LONG = 1000
@@ -18,13 +18,18 @@ _MANY = 1000
 def told(error: ValidationError) -> str:
     """What is wrong with a job, in one sentence without what the job holds."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [f"{shown('.'.join(map(str, one['loc'])) or 'job')}: {one['msg']}" for one in problems[:3]]
+    lines = [f"{_place(one['loc'])}: {one['msg']}" for one in problems[:3]]
     return sentence("; ".join(lines) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""))
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Of a value, without pydantic's names of its own validators."""
+    return shown(".".join(str(part) for part in loc if "[" not in str(part)) or "job")
 
 
 def _plain(text: str) -> str:
     if not text.strip() or not text.isprintable():
-        raise ValueError(f"{shown(text)!r}, expected printable characters on one line")
+        raise ValueError(f"{quoted(text)}, expected printable characters on one line")
     return text
 
 
@@ -40,9 +45,9 @@ def bounded(value: Any, deep: int = 0) -> Any:
         for below in value:
             bounded(below, deep + 1)
     elif isinstance(value, str) and (len(value) > _LONG or not value.isprintable()):
-        raise ValueError(f"{shown(value)!r}, expected at most {_LONG} printable characters")
+        raise ValueError(f"{quoted(value)}, expected at most {_LONG} printable characters")
     elif isinstance(value, int | float) and not (math.isfinite(value) if isinstance(value, float) else _fits(value)):
-        raise ValueError(f"{shown(repr(value))}, expected a finite number of at most 64 bits")
+        raise ValueError(f"{quoted(value)}, expected a finite number of at most 64 bits")
     if isinstance(value, dict | list | tuple) and len(value) > _MANY:
         raise ValueError(f"{len(value)} values, expected at most {_MANY}")
     return value

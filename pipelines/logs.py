@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from prefect.logging.handlers import APILogHandler
 
 from infra.errors import TesseraError
+from infra.logs import Plain
 
 
 class _OneLine(logging.Filter):
@@ -22,11 +23,12 @@ class _OneLine(logging.Filter):
 @contextmanager
 def flow_logs() -> Iterator[None]:
     """Send the loggers under `tessera` to the flow run's log and the console."""
-    ours, one_line = logging.getLogger("tessera"), _OneLine()
+    ours, one_line, plain = logging.getLogger("tessera"), _OneLine(), Plain()
     handlers = [APILogHandler(), *logging.getLogger("prefect").handlers]
     engines = [logging.getLogger(f"prefect.{name}") for name in ("flow_runs", "task_runs")]
     ours.setLevel(logging.INFO)
     for handler in handlers:
+        handler.addFilter(plain)
         ours.addHandler(handler)
     for engine in engines:
         engine.addFilter(one_line)  # stays: the flow's own failure is logged after this context
@@ -35,3 +37,4 @@ def flow_logs() -> Iterator[None]:
     finally:
         for handler in handlers:
             ours.removeHandler(handler)
+            handler.removeFilter(plain)

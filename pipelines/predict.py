@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from evaluation.predict_files import Outcome, Summary, finish, load_predictor, predict_chunk, shown, told
 from evaluation.predict_plan import Plan, claim
+from infra import logs
 from infra.errors import TesseraError
 from infra.text import quoted
 from pipelines.fields import told as problems
@@ -103,5 +104,5 @@ def _refuse(problem: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logs.to_stream(sys.stdout)
     sys.exit(main(sys.argv[1:]))

@@ -6,11 +6,12 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from evaluation.predict_files import Summary, load_predictor, shown
+from evaluation.predict_files import Summary, load_predictor
 from evaluation.predict_plan import claim
 from evaluation.ray_predict import predict_plan
 from infra import ray_cluster
 from infra.errors import TesseraError
+from infra.text import SENTENCE, markdown
 from pipelines.logs import flow_logs
 from pipelines.predict_job import Predict
 from pipelines.steps import step
@@ -75,5 +76,7 @@ def to_markdown(summary: Summary) -> str:
         f"{summary.archive or summary.predictions}, {summary.problems}",
         "",
     ]
-    lines += [f"- {shown(f.file_name)}: {f.why}" for f in (*summary.failed, *summary.empty)[:_SHOWN]]
+    lines += [
+        f"- {markdown(f.file_name)}: {markdown(f.why, SENTENCE)}" for f in (*summary.failed, *summary.empty)[:_SHOWN]
+    ]
     return "\n".join(lines)

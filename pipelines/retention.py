@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from evaluation.retention import refuse_foreign, survey, sweep, to_text
+from infra import logs
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.jobs import StoredJob
@@ -58,7 +59,6 @@ def _tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tessera").setLevel(logging.INFO)
+    logs.to_stream(sys.stderr, logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or work would wait for it until it counts as dead
     sys.exit(main())

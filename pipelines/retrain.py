@@ -20,7 +20,7 @@ from infra import artifacts, ray_cluster
 from infra.errors import TesseraError
 from infra.in_use import in_use
 from infra.store import Store, open_store
-from infra.text import shown
+from infra.text import SENTENCE, markdown, shown
 from pipelines.logs import flow_logs
 from pipelines.progress import TrainProgress
 from pipelines.retrain_job import Line, Retrain, decoded, read_line
@@ -121,7 +121,7 @@ def take_in_uploads(job: Retrain, line: Line, waiting: list[Upload]) -> list[Dec
         tell("upload %s", decision)
         found.append(decision)
     if aside := [decision for decision in found if decision.report is not None]:
-        lines = [f"- {decision}: {store.url_for(str(decision.report))}" for decision in aside]
+        lines = [f"- {markdown(decision, SENTENCE)}: {store.url_for(str(decision.report))}" for decision in aside]
         create_markdown_artifact("\n".join(lines), key="quarantine", description="What was set aside, and why")
     return found
 
@@ -233,7 +233,12 @@ def to_markdown(outcome: Outcome, beaten: Champion, storage: str) -> str:
     for name, pq, run in rows:
         figures = ["-" if pq[group] is None else f"{pq[group]:.2f}" for group in ("all", "things", "stuff")]
         lines.append(f"| {name} | {' | '.join(figures)} | {run} |")
-    lines += ["", f"trained on the base and {', '.join(outcome.round.uploads)}", "", f"{storage}/{outcome.page}"]
+    lines += [
+        "",
+        f"trained on the base and {markdown(', '.join(outcome.round.uploads), SENTENCE)}",
+        "",
+        f"{storage}/{outcome.page}",
+    ]
     if outcome.promoted is None:
         lines += [
             "",

@@ -4,13 +4,12 @@ JOB is the JSON that train-coco ran with. Prints the options to give it next tim
 """
 
 import json
-import logging
 import sys
 
 from pydantic import ValidationError
 
 from evaluation.tune import tune
-from infra import artifacts
+from infra import artifacts, logs
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.fields import told
@@ -46,7 +45,7 @@ def _finished(storage: str, index: Index, config: ShardConfig) -> ShardSet:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.to_stream(sys.stderr)
     try:
         main(TrainCoco.model_validate_json(sys.argv[1] if len(sys.argv) > 1 else "{}"))
     except ValidationError as error:

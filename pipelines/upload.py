@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from infra import artifacts
+from infra import artifacts, logs
 from infra.copying import WHOLE, copy_files
 from infra.errors import TesseraError
 from infra.opening import read_regular
@@ -118,6 +118,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("tessera").setLevel(logging.INFO)
+    logs.to_stream(sys.stdout, logging.WARNING)
     sys.exit(main())

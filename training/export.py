@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infra import artifacts
+from infra import artifacts, logs
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from infra.version import code_version
@@ -244,5 +244,5 @@ def _exporting() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logs.to_stream(sys.stdout)
     sys.exit(main(sys.argv[1:]))

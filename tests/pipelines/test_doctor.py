@@ -81,7 +81,7 @@ def test_the_table_is_aligned_and_its_last_line_counts():
         "things to do: 1, of which bad: 1",
     ]
     assert ending(rows[:1]) == "all well"
-    assert "| bad | disk | 10.0.0.2 | a&#124;b full | free some |" in to_markdown(rows)
+    assert r"| bad | disk | 10\.0\.0\.2 | a\|b full | free some |" in to_markdown(rows)
 
 
 def test_where_nothing_can_be_reached_all_of_it_is_told(tmp_path, monkeypatch, capsys):

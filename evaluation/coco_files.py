@@ -27,6 +27,7 @@ from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.opening import BROKEN
 from preprocessing.source import BadSample, known_size
+from preprocessing.tree import Folder
 
 log = logging.getLogger("tessera.pq")
 
@@ -35,7 +36,7 @@ log = logging.getLogger("tessera.pq")
 class Entry:
     """One entry of `annotations`."""
 
-    png: Path
+    png: File
     ids_N: NDArray[np.int32]
     category_N: NDArray[np.int64]
     """Contiguous ids."""
@@ -120,9 +121,9 @@ def _doubts(entries: Mapping[Any, Entry], predictions: Mapping[Any, Entry], with
     """What may be well meant, and may be a mistake."""
     if without:
         yield f"{without} images are listed in the truth's JSON and have no entry in its annotations: not scored"
-    owner = {entry.png.stem: image_id for image_id, entry in entries.items()}
+    owner = {PurePosixPath(entry.png.name).stem: image_id for image_id, entry in entries.items()}
     for image_id, entry in predictions.items():
-        other = owner.get(entry.png.stem, image_id)
+        other = owner.get(PurePosixPath(entry.png.name).stem, image_id)
         if other != image_id:
             yield f"{entry.png}: predicted for image {quoted(image_id)}, has the name of image {quoted(other)}"
 
@@ -172,6 +173,7 @@ def _by_image(
     annotations: list[Any], path: Path, pngs: Path, labels: LabelTable, listed: _Listed
 ) -> dict[int | str, Entry]:
     found: dict[int | str, Entry] = {}
+    folder = Folder.on_disk(str(pngs))
     for place, annotation in enumerate(annotations):
         written = annotation.get("image_id") if isinstance(annotation, dict) else None
         image_id = image_key(written)
@@ -180,12 +182,12 @@ def _by_image(
         if image_id in found:
             raise TesseraError(f"{path}: image {quoted(image_id)} has more than one entry in annotations")
         size, _ = listed.get(image_id, (None, None))
-        found[image_id] = read_entry(annotation, path, pngs, labels, size)
+        found[image_id] = read_entry(annotation, path, folder, labels, size)
     return found
 
 
 def read_entry(
-    annotation: dict[str, Any], path: Path, pngs: Path, labels: LabelTable, size: Size | None = None
+    annotation: dict[str, Any], path: Path, pngs: Folder, labels: LabelTable, size: Size | None = None
 ) -> Entry:
     """An entry of the JSON at `path`. Raises TesseraError naming file, image or segment, and what was expected."""
     name, rows = annotation.get("file_name"), annotation.get("segments_info")
@@ -193,16 +195,17 @@ def read_entry(
     if not isinstance(name, str) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise TesseraError(f"{where}: expected a file_name and segments_info, a list of objects")
     if leads_outside(name):
-        raise TesseraError(f"{where}: {quoted(name)} leads outside of {pngs}")
-    read = [_row(row, pngs / name, labels) for row in rows]
+        raise TesseraError(f"{where}: {quoted(name)} leads outside of {pngs.path}")
+    png = pngs.file(name, ".png")
+    read = [_row(row, png, labels) for row in rows]
     ids, categories, crowds, areas = zip(*read, strict=True) if read else ((), (), (), ())
     if len(set(ids)) < len(ids):
-        raise TesseraError(f"{pngs / name}: the JSON lists a segment of it more than once")
+        raise TesseraError(f"{png}: the JSON lists a segment of it more than once")
     arrays = np.array(ids, np.int32), np.array(categories, np.int64), np.array(crowds, bool)
-    return Entry(pngs / name, *arrays, tuple(areas), size)
+    return Entry(png, *arrays, tuple(areas), size)
 
 
-def _row(row: dict[str, Any], png: Path, labels: LabelTable) -> tuple[int, int, bool, int | None]:
+def _row(row: dict[str, Any], png: File, labels: LabelTable) -> tuple[int, int, bool, int | None]:
     """Id, contiguous category, whether a crowd, and the area that it claims."""
     number, category, crowd = whole(row.get("id")), whole(row.get("category_id")), is_crowd(row)
     if number is None or not 0 < number <= rgb_ids.MAX_ID:
@@ -222,7 +225,7 @@ def _row(row: dict[str, Any], png: Path, labels: LabelTable) -> tuple[int, int, 
 def _read_png(entry: Entry, doubts: list[str]) -> NDArray[np.uint16]:
     """Labels of an entry's PNG, whose segments are those of the JSON."""
     try:
-        data = File(str(entry.png)).read()
+        data = entry.png.read()
         labels_HW, (area_N, *_) = rgb_ids.read_labels(data, entry.ids_N)
         if int(area_N.sum()) != labels_HW.size:
             ids = np.unique(rgb_ids.read_png(data)[labels_HW == UNKNOWN])

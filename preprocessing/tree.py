@@ -92,9 +92,7 @@ class Tree:
             return Folder(path, inside) if inside else None
         with _telling(there := Path(path)):
             if there.is_dir():
-                found = [*walk(there)]
-                faults = tuple(f"{path}/{each.name} cannot be listed ({each.fault})" for each in found if each.fault)
-                return Folder(path, {each.name: File(f"{path}/{each.name}") for each in found if each.status}, faults)
+                return Folder.on_disk(path)
         inside = _below(name, self._members)
         if inside:
             return Folder(path, inside)
@@ -185,6 +183,13 @@ class Folder:
     files: dict[str, File]
     faults: tuple[str, ...] = ()
     """What in it could not be listed, and why: a sentence each."""
+
+    @classmethod
+    def on_disk(cls, path: str) -> "Folder":
+        """What lies there now; nothing if there is no such folder."""
+        found = [*walk(Path(path))]
+        faults = tuple(f"{path}/{each.name} cannot be listed ({each.fault})" for each in found if each.fault)
+        return cls(path, {each.name: File(f"{path}/{each.name}") for each in found if each.status}, faults)
 
     def file(self, name: str, suffix: str = "") -> File:
         """The file of this name; where there is none, one that cannot be read and says so, and what is there instead.

@@ -131,3 +131,14 @@ def test_whole_floats_are_integers_and_nothing_else_is(files, side):
             assert message(files)
         with files.editing(side) as content:
             (content["annotations"][0][place][0] if place else content["annotations"][0])[name] = good
+
+
+@pytest.mark.parametrize("side", ["truth", "prediction"])
+@pytest.mark.parametrize("spelled", ["{side}/{name}", "masks/{side}/{name}", ".//{name}", "{stem}.jpg"])
+def test_pngs_are_found_however_their_names_are_written(files, side, spelled):
+    expected = files.score()
+    with files.editing(side) as content:
+        for entry in content["annotations"]:
+            name = entry["file_name"]
+            entry["file_name"] = spelled.format(side=side, name=name, stem=name.removesuffix(".png"))
+    assert files.score() == expected

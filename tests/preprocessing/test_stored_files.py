@@ -328,6 +328,21 @@ def test_names_are_found_however_they_are_written(twins: Twins):
     assert images.file(f".//{name}") == images.file(f"./{name}") == images.files[name]
 
 
+def test_accents_and_a_folder_around_the_set_are_no_obstacle(coco: CocoFolder, s3_store: S3Store):
+    before = [(r.image_id, r.image.size(), r.masks[0].crc()) for r in coco.index().records]
+    with coco.editing() as content:
+        for image in content["images"]:
+            image["file_name"] = f"\u00f6 {image['file_name']}"
+    for image in coco.images.iterdir():
+        image.rename(image.with_name(f"o\u0308 {image.name}"))
+    around = open_store(f"{s3_store.url}/COCO2017")
+    Twins(coco.root, around).upload()
+    index = read_index(s3_store.url, "train2017")
+    assert [(r.image_id, r.image.size(), r.masks[0].crc()) for r in index.records] == before
+    with pytest.raises(TesseraError, match=r"there is COCO2017/annotations/panoptic_train2017\.json"):
+        read_index(s3_store.url, "train")
+
+
 def test_a_file_url_is_the_folder(coco: CocoFolder):
     assert read_index(coco.root.as_uri(), coco.split) == coco.index()
     assert Tree(coco.root.as_uri()).file("nothing") is None

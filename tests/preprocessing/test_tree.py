@@ -15,9 +15,8 @@ import pytest
 from infra.errors import TesseraError
 from preprocessing import coco as coco_layout
 from preprocessing.source import BadSample, Index, read_sample
+from tests.support.cases import case
 from tests.support.coco_folder import CocoFolder
-
-CASES = Path(__file__).parents[3] / "shared/data/cases"
 
 
 def rename(coco: CocoFolder, part: str, change: Callable[[str], str]) -> None:
@@ -190,11 +189,9 @@ def test_what_cannot_be_listed_is_told_where_a_file_is_missing(coco: CocoFolder)
     coco.sample(2)
 
 
-@pytest.mark.parametrize("case", ["7-zip-with-top-folder", "8-unicode-nfd"])
-def test_the_cases_that_people_sent(tmp_path: Path, case: str):
-    (script,) = (CASES / case).glob("make.*") if (CASES / case).is_dir() else [None]
-    if script is None:
-        pytest.skip(f"{CASES / case} is not there")
+@pytest.mark.parametrize("name", ["7-zip-with-top-folder", "8-unicode-nfd"])
+def test_the_cases_that_people_sent(tmp_path: Path, name: str):
+    (script,) = case(name).glob("make.*")
     program = "sh" if script.suffix == ".sh" else "python"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run([program, script, tmp_path / "set"], check=True, env={**os.environ, "PATH": path})

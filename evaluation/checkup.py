@@ -8,6 +8,7 @@ import numpy as np
 from evaluation.pq import PQStats, compare, summarise
 from infra.errors import TesseraError
 from infra.store import open_store
+from infra.text import shown
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture, panoptic_overlay
 from preprocessing.sample import Sample, decode_image, from_fields
@@ -46,11 +47,11 @@ class ValCheck:
             outputs = method.predict(method.inputs(pictures))
             found = method.decode(outputs, [sample.panoptic.size for sample in samples])
             for i, (sample, picture, prediction) in enumerate(zip(samples, pictures, found, strict=True), start):
+                named = f"image {sample.image_id} ({shown(sample.file_name)})"
                 if i < counted:
-                    where = f"image {sample.image_id}"
-                    stats += compare(sample.panoptic, prediction, len(method.labels), where)
+                    stats += compare(sample.panoptic, prediction, len(method.labels), named)
                 if i < PANELS and place.rank == 0:
-                    panels[f"image {sample.image_id}"] = _panel(picture, sample, prediction, method)
+                    panels[named] = _panel(picture, sample, prediction, method)
         total = sum(gathered(stats, place), PQStats.zero(len(method.labels)))
         summary = summarise(total, method.labels)
         figures = {name: summary[name]["all"] for name in ("pq", "sq", "rq")}

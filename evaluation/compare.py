@@ -5,7 +5,6 @@ with. All are of the same images.
 """
 
 import argparse
-import base64
 import json
 import sys
 from collections.abc import Sequence
@@ -15,18 +14,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from evaluation import plots
+from evaluation import facts, plots
 from evaluation.bootstrap import Interval, Table, difference_intervals, image_pq
 from evaluation.coco_format import Annotation, read_map
 from evaluation.evaluate import load_samples, read_images
-from evaluation.report import GROUPS, Finished, category_rows, page, percent
+from evaluation.report import GROUPS, Finished, category_rows
 from evaluation.summary import read_summary
-from infra import artifacts, records
+from infra import artifacts, page, records
 from infra.errors import TesseraError
+from infra.page import percent
 from infra.store import Store, open_store
 from infra.version import code_version
 from preprocessing.panoptic_map import PanopticMap
-from preprocessing.pictures import encode_png, panoptic_overlay
+from preprocessing.pictures import Panel, overlay_panel
 from preprocessing.sample import Sample, decode_image
 from preprocessing.shards import ShardSet, read_set
 from training.metrics import read_metrics, worker_hours
@@ -52,6 +52,8 @@ class Evaluated:
     """All of the recipe's options by dotted name."""
     worker_hours: float
     """Of the training: metrics.worker_hours."""
+    facts: dict[str, str]
+    """Of the training, and when it was evaluated: for its page."""
 
 
 def read_evaluation(url: str) -> Evaluated:
@@ -69,7 +71,8 @@ def read_evaluation(url: str) -> Evaluated:
     if not same or len(summary["pq"]["per_category"]) != len(val_set.labels):
         raise TesseraError(f"{url}: its report.json is of other images or categories than its images.json")
     options |= _flat(manifest.decode, "method.decode.")  # another than the run's, where it was evaluated again
-    return Evaluated(manifest.recipe, store, path, summary, table, val_set, options, hours)
+    told = facts.trained_facts(store, manifest.run) | {"evaluated": f"{facts.written(store, path)}, {path}"}
+    return Evaluated(manifest.recipe, store, path, summary, table, val_set, options, hours, told)
 
 
 def _manifest(store: Store, path: str, kind: type[T]) -> T:
@@ -156,8 +159,8 @@ def disputed(rows: Sequence[Row]) -> list[int]:
     return [ids[i] for i in np.argsort(-spread_I, kind="stable")[:_DRAWN]]
 
 
-def draw(rows: Sequence[Row], image_ids: Sequence[int]) -> dict[int, dict[str, str]]:
-    """Base64 PNGs by title of those images: image, truth, and what each run predicted."""
+def draw(rows: Sequence[Row], image_ids: Sequence[int]) -> dict[int, Panel]:
+    """Pictures of those images: image, truth, and what each run predicted."""
     first = rows[0].evaluated
     samples: dict[int, Sample] = {}
     for shard in first.val_set.shards:
@@ -182,14 +185,11 @@ def _predictions(one: Evaluated, image_ids: Sequence[int]) -> dict[int, Panoptic
     return {i: read_map(pngs[i], entry, one.val_set.labels) for i, entry in entries.items()}
 
 
-def _pictures(rows: Sequence[Row], sample: Sample, predictions: Sequence[PanopticMap]) -> dict[str, str]:
-    image_HW3, labels = decode_image(sample.image), rows[0].evaluated.val_set.labels
-    pictures = {"image": image_HW3, "ground truth": panoptic_overlay(image_HW3, sample.panoptic, labels)}
+def _pictures(rows: Sequence[Row], sample: Sample, predictions: Sequence[PanopticMap]) -> Panel:
+    maps = {"ground truth": sample.panoptic}
     for row, panoptic in zip(rows, predictions, strict=True):
-        title = f"{row.title}, PQ {percent(row.evaluated.summary['images'][str(sample.image_id)])}"
-        pictures[title] = panoptic_overlay(image_HW3, panoptic, labels)
-    size = sample.panoptic.size
-    return {title: base64.b64encode(encode_png(picture, size)).decode() for title, picture in pictures.items()}
+        maps[f"{row.title}, PQ {percent(row.evaluated.summary['images'][str(sample.image_id)])}"] = panoptic
+    return Panel(sample.file_name, overlay_panel(decode_image(sample.image), maps, rows[0].evaluated.val_set.labels))
 
 
 def to_html(rows: Sequence[Row]) -> str:
@@ -203,10 +203,12 @@ def to_html(rows: Sequence[Row]) -> str:
         if any(one["pq"] is not None for one in same)
     ]
     categories.sort(key=lambda row: -row["spread"])
-    ids = disputed(rows)
-    return page(
-        "compare.html",
-        title=f"{len(rows)} runs on the same {len(rows[0].evaluated.table.image_ids)} images",
+    val_set, ids = rows[0].evaluated.val_set, rows[0].evaluated.table.image_ids
+    head = facts.evaluated_facts(val_set, len(ids)) | {"written": f"{page.date()}, by code {code_version()}"}
+    return page.page(
+        Path(__file__).with_name("compare.html"),
+        f"{len(rows)} runs on {facts.title_of(val_set)}",
+        head,
         rows=rows,
         repeated=repeated(rows),
         shared=[name for name in sorted(named) if named[name] == len(rows)],
@@ -215,8 +217,7 @@ def to_html(rows: Sequence[Row]) -> str:
         groups=GROUPS,
         sizes=plots.sizes({row.title: row.evaluated.summary["sizes"] for row in rows}),
         categories=categories,
-        pictures=draw(rows, ids),
-        code=code_version(),
+        pictures=draw(rows, disputed(rows)),
     )
 
 

@@ -1,9 +1,8 @@
 """Evaluating one shard, and adding shards up: no Ray here."""
 
-import base64
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any, cast
@@ -18,8 +17,9 @@ from evaluation.pq import PQStats, SparseStats
 from infra import artifacts, records
 from infra.errors import TesseraError
 from infra.store import Store, open_store
+from infra.text import shown
 from preprocessing.labels import LabelTable
-from preprocessing.pictures import Picture, encode_png, panoptic_overlay
+from preprocessing.pictures import SMALL, Panel, encode, overlay_panel
 from preprocessing.sample import Sample, decode_image, from_fields
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardSet
@@ -58,6 +58,8 @@ class ShardScore:
     """In the order of the shard."""
     annotations: tuple[dict[str, Any], ...]
     """Entries of COCO's predictions JSON."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Files of the images; none in records of before."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Scores:
     annotations: tuple[dict[str, Any], ...]
     oracle: dict[str, Any] | None = None
     """What perfect outputs decode to, as OracleScore.summary says it."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Files of the images."""
 
     @property
     def images(self) -> int:
@@ -114,16 +118,19 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
         return read_score(store, key, len(job.labels), job.shard.image_ids)
     method = cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
+    names = dict[int, str]()
     for samples in load_samples(job.store_url, job.shard, method.images_at_once):
         outputs = method.predict(method.inputs([decode_image(sample.image) for sample in samples]))
         predictions = method.decode(outputs, [sample.panoptic.size for sample in samples])
         for sample, prediction in zip(samples, predictions, strict=True):
-            score = measure_image(sample.panoptic, prediction, job.labels, f"image {sample.image_id}")
+            where = f"image {sample.image_id} ({shown(sample.file_name)})"
+            score = measure_image(sample.panoptic, prediction, job.labels, where)
             total, by_image[sample.image_id] = total + score, score.pq
+            names[sample.image_id] = sample.file_name
             png_name = _png(sample.image_id)
             store.write(f"{job.path}/predictions/{png_name}", coco_format.png(prediction))
             annotations.append(coco_format.annotation(prediction, job.labels, sample.image_id, png_name))
-    result = ShardScore(total, by_image, tuple(annotations))
+    result = ShardScore(total, by_image, tuple(annotations), names)
     store.write(key, json.dumps(_to_json(result)).encode())
     return result
 
@@ -143,7 +150,8 @@ def gather(scores: Sequence[ShardScore], val_set: ShardSet) -> Scores:
     total = sum((score.score for score in scores), Score.zero(len(val_set.labels)))
     if not (total.pq.tp + total.pq.fn).any():
         raise TesseraError(f"{val_set.path}: no image has a segment to be found, there is nothing to measure")
-    return Scores(total, dict(sorted(by_image.items())), tuple(annotations))
+    names = {i: name for score in scores for i, name in score.names.items()}
+    return Scores(total, dict(sorted(by_image.items())), tuple(annotations), names=dict(sorted(names.items())))
 
 
 def galleries_of(scores: Scores) -> dict[str, list[int]]:
@@ -161,8 +169,8 @@ def galleries_of(scores: Scores) -> dict[str, list[int]]:
     }
 
 
-def draw_shard(job: EvalJob, image_ids: frozenset[int]) -> dict[int, dict[str, str]]:
-    """Base64 PNGs by title of those images of the shard: image, what the network says, prediction and truth."""
+def draw_shard(job: EvalJob, image_ids: frozenset[int]) -> dict[int, Panel]:
+    """Pictures of those images of the shard by id: image, truth, prediction and what the network says."""
     method = cached_method(job.recipe, job.labels, job.store_url, job.run).to(job.device)
     samples = (sample for batch in load_samples(job.store_url, job.shard) for sample in batch)
     return {s.image_id: _pictures(method, s) for s in samples if s.image_id in image_ids}
@@ -181,21 +189,26 @@ def cached_method(recipe: Recipe, labels: LabelTable, store_url: str, run: str) 
     return load_method(recipe, labels, store_url, run)
 
 
-def _pictures(method: Method, sample: Sample) -> dict[str, str]:
+def _pictures(method: Method, sample: Sample) -> Panel:
     image_HW3, size = decode_image(sample.image), sample.panoptic.size
     outputs = method.predict(method.inputs([image_HW3]))
     (prediction,) = method.decode(outputs, [size])
-    pictures: dict[str, Picture] = {"image": image_HW3}
-    pictures["ground truth"] = panoptic_overlay(image_HW3, sample.panoptic, method.labels)
-    pictures["predicted panoptic"] = panoptic_overlay(image_HW3, prediction, method.labels)
+    maps = {"ground truth": sample.panoptic, "predicted panoptic": prediction}
+    pictures = overlay_panel(image_HW3, maps, method.labels)
     height, width = method.frame.inner(size)  # without the padding
-    pictures |= {title: view[:height, :width] for title, view in method.views(outputs)[0].items()}
-    return {title: base64.b64encode(encode_png(picture, size)).decode() for title, picture in pictures.items()}
+    for title, view in method.views(outputs)[0].items():
+        pictures[title] = encode(view[:height, :width], size, SMALL)
+    return Panel(sample.file_name, pictures)
 
 
 def _to_json(score: ShardScore) -> dict[str, Any]:
     by_image = {str(i): stats.to_sparse_json() for i, stats in score.by_image.items()}
-    return {"score": score.score.to_json(), "by_image": by_image, "annotations": score.annotations}
+    return {
+        "score": score.score.to_json(),
+        "by_image": by_image,
+        "annotations": score.annotations,
+        "names": {str(i): name for i, name in score.names.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -205,6 +218,7 @@ class _Record:
     score: ScoreRecord
     by_image: dict[int, SparseStats]
     annotations: tuple[Annotation, ...]
+    names: dict[int, str] = field(default_factory=dict)
 
 
 def read_score(store: Store, key: str, categories: int, image_ids: Sequence[int]) -> ShardScore:
@@ -220,7 +234,8 @@ def read_score(store: Store, key: str, categories: int, image_ids: Sequence[int]
             raise TesseraError("its images do not add up to its sums")
     except TesseraError as error:
         raise TesseraError(f"{store.url_for(key)}: {error}; delete it to count its images anew") from error
-    return ShardScore(score, by_image, tuple(cast(dict[str, Any], entry) for entry in found.annotations))
+    annotations = tuple(cast(dict[str, Any], entry) for entry in found.annotations)
+    return ShardScore(score, by_image, annotations, found.names)
 
 
 def read_images(store: Store, path: str, labels: LabelTable) -> dict[int, PQStats]:

@@ -5,15 +5,16 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation import compare, grid_plots
+from evaluation import compare, facts, grid_plots
 from evaluation.compare import Evaluated, read_evaluation
 from evaluation.grid_stats import Difference, Pair, Stated, paired, ranked, summed_up
-from evaluation.report import page, percent
-from infra import artifacts
+from infra import artifacts, page
+from infra.page import percent
 from infra.store import Store
 from infra.text import SENTENCE, markdown
 from infra.version import code_version
@@ -275,12 +276,16 @@ def to_html(title: str, lines: Sequence[Line], with_comparison: bool) -> str:
     hours = sum(line.worker_hours for line in lines)
     trials = [trial for line in lines for trial in line.trials]
     pairs = papers_order(lines)
-    images = {len(t.evaluated.table.image_ids) for t in trials if t.evaluated is not None}
-    return page(
-        "grid.html",
-        title=title,
-        told=f"{len(trials)} trials, {len(failures(lines))} failed, {hours:.2f} worker-hours"
-        + (f"; PQ in percent on the same {min(images)} images" if images else ""),
+    done = [t.evaluated for t in trials if t.evaluated is not None]
+    head = facts.evaluated_facts(done[0].val_set, len(done[0].table.image_ids)) if done else {}
+    head |= {
+        "trials": f"{len(trials)}, {len(failures(lines))} failed, {hours:.2f} worker-hours",
+        "written": f"{page.date()}, by code {code_version()}",
+    }
+    return page.page(
+        Path(__file__).with_name("grid.html"),
+        title,
+        head,
         lines=[(line, difference(line, lines[0]), published_difference(line, lines[0])) for line in lines],
         figures=[*FIGURES],
         published=any(line.published is not None for line in lines),
@@ -291,7 +296,6 @@ def to_html(title: str, lines: Sequence[Line], with_comparison: bool) -> str:
         trials=trials,
         options=[*trials[0].outcome.options],
         with_comparison=with_comparison,
-        code=code_version(),
     )
 
 

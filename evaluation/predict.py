@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from evaluation.images import UserImage, read_image
 from infra.errors import TesseraError
-from preprocessing.geometry import resize_labels
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
-from preprocessing.pictures import Picture, panoptic_overlay
+from preprocessing.pictures import Picture, overlay_at
 from training.methods.base import Method
 from training.run import open_run
 
@@ -39,9 +36,7 @@ class Prediction:
         height, width = self.panoptic.size
         share = min(1.0, (longest or max(height, width)) / max(height, width))
         size = max(1, round(share * height)), max(1, round(share * width))
-        image = Image.fromarray(self.image_HW3).resize(size[::-1], Image.Resampling.BOX)
-        shrunk = PanopticMap(resize_labels(self.panoptic.ids, size), self.panoptic.segments)
-        return panoptic_overlay(np.asarray(image), shrunk, self.labels)
+        return overlay_at(self.image_HW3, self.panoptic, self.labels, size)
 
 
 class Predictor:

@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from typing_extensions import TypedDict
 
-from evaluation import plots
+from evaluation import facts, plots
 from evaluation.evaluate import Scores
 from evaluation.summary import read_summary, summary_of
-from infra import artifacts
+from infra import artifacts, page
+from infra.page import interval, percent
 from infra.records import Count, Key, Percent
-from infra.store import open_store
+from infra.store import Store, open_store
 from infra.text import markdown
 from infra.version import code_version
 from preprocessing.labels import LabelTable
+from preprocessing.pictures import Panel
 from preprocessing.shards import ShardSet
 from training.metrics import STARVED, Row, read_metrics, training_seconds, worker_hours
 from training.recipe import Recipe
@@ -66,8 +67,8 @@ class Gallery:
 
     kinds: dict[str, list[int]]
     """Image ids by what they are examples of."""
-    pictures: dict[int, dict[str, str]]
-    """By image id, base64 PNGs by title."""
+    pictures: dict[int, Panel]
+    """By image id."""
 
 
 def read_report(recipe: Recipe, store_url: str, path: str) -> Report | None:
@@ -91,13 +92,14 @@ def write_report(
     store = open_store(store_url)
     rows, summary = read_metrics(store, run.path), summary_of(scores, val_set.labels)
     markdown = to_markdown(recipe, summary, scores.images)
-    predictions = {"annotations": scores.annotations, "categories": val_set.labels.to_coco()}
+    images = [{"id": i, "file_name": name} for i, name in scores.names.items()]
+    predictions = {"images": images, "annotations": scores.annotations, "categories": val_set.labels.to_coco()}
     files = {
         "predictions.json": json.dumps(predictions),
         "images.json": json.dumps({str(i): stats.to_sparse_json() for i, stats in scores.by_image.items()}),
         "report.json": json.dumps(summary, indent=1),
         "report.md": markdown,
-        "report.html": to_html(recipe, run, rows, val_set, summary, gallery),
+        "report.html": to_html(recipe, store, run, rows, val_set, summary, gallery),
     }
     for name, text in files.items():
         store.write(f"{path}/{name}", text.encode())
@@ -128,23 +130,6 @@ def to_markdown(recipe: Recipe, summary: dict[str, Any], images: int) -> str:
     return "\n".join(lines)
 
 
-def percent(value: float | None) -> str:
-    """One decimal, or a dash where there is no value."""
-    return "-" if value is None else f"{value:.1f}"
-
-
-def interval(ends: tuple[float, float] | None) -> str:
-    """One decimal each, or a dash."""
-    return "-" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
-
-
-def page(template: str, **content: Any) -> str:
-    """One of our templates: a file that opens from disk without a network."""
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    templates.filters |= {"percent": percent, "interval": interval}
-    return templates.get_template(template).render(**content)
-
-
 def pace(rows: Sequence[Row]) -> str:
     """How fast a run was, what held it up, and its best PQ on the way; of the steps before its last row.
 
@@ -168,6 +153,7 @@ def pace(rows: Sequence[Row]) -> str:
 
 def to_html(
     recipe: Recipe,
+    store: Store,
     run: TrainedRun,
     rows: Sequence[Row],
     val_set: ShardSet,
@@ -175,17 +161,16 @@ def to_html(
     gallery: Gallery,
 ) -> str:
     """One file: figures, pictures and curves are inside."""
-    facts = {
-        "evaluated": f"{len(summary['images'])} images, {len(val_set.labels)} categories, {val_set.path}",
-        "trained": f"{run.steps} steps of {recipe.train.batch} images, {run.path}",
+    head = facts.evaluated_facts(val_set, len(summary["images"])) | {
+        "written": f"{page.date()}, by code {code_version()}",
+        **facts.trained_facts(store, run.path),
         "cost": f"{worker_hours(rows, recipe.train.batch):.2f} worker-hours; last attempt: {run.seconds:.0f} s in all",
         "pace": pace(rows),
-        "code": code_version(),
     }
-    return page(
-        "report.html",
-        title=f"Tessera: {recipe.name}",
-        facts=facts,
+    return page.page(
+        Path(__file__).with_name("report.html"),
+        f"PQ {percent(summary['pq']['all'])}: {recipe.name} on {facts.title_of(val_set)}",
+        head,
         summary=summary,
         categories=category_rows(val_set.labels, summary),
         gallery=gallery,

@@ -22,6 +22,7 @@ from infra import artifacts, records
 from infra.copying import WHOLE, counted
 from infra.errors import StoreError, TesseraError
 from infra.in_use import store_time
+from infra.page import UNKNOWN
 from infra.records import Count, Key
 from infra.store import Entry, Store
 from infra.text import shown
@@ -186,7 +187,7 @@ def decide(store: Store, line: str, upload: Upload, page: str | None = None, **f
     found = Decision(name, upload.version, time=datetime.now(UTC).isoformat(timespec="seconds"), **facts)
     if page is not None:
         found = replace(found, report=f"{QUARANTINE}/{line}/{upload.title}/report.html")
-        store.write(f"{QUARANTINE}/{line}/{upload.title}/report.html", page.encode(errors="backslashreplace"))
+        store.write(f"{QUARANTINE}/{line}/{upload.title}/report.html", page.encode())
     key = f"{DECISIONS}/{line}/{upload.title}.json"
     if store.create(key, json.dumps(asdict(found), indent=1).encode()):
         return found
@@ -244,10 +245,10 @@ def page(url: str, index: Index | None, rejected: Sequence[Rejected], reason: st
     """validate's page of the samples that were set aside. index: None where there is none."""
     reasons = [] if reason is None else [reason]
     if index is None:
-        return to_html(url, {}, [*reasons, *map(str, rejected)])
+        return to_html(url, {}, {}, [*reasons, *map(str, rejected)])
     bad = {r.image_id for r in rejected}
     aside = replace(index, records=tuple(r for r in index.records if r.image_id in bad), unused=())
     found: dict[str, tuple[LabelTable, Findings]] = {
         "set aside": examine_index(aside, "set aside", 1, lambda line: None)
     }
-    return to_html(url, found, reasons)
+    return to_html(url, {"data set": str(index.origin or UNKNOWN)}, found, reasons)

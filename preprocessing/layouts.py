@@ -1,11 +1,13 @@
 """Kinds of annotations that can be read. A data set is where it is and its kind; nothing is registered."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from infra.errors import TesseraError
+from infra.store import open_store
 from preprocessing import ade20k, bdd100k, cityscapes, coco, instances, mapillary
-from preprocessing.source import Index
+from preprocessing.source import Index, Origin
 
 LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
     "coco": coco.read_index,
@@ -34,4 +36,4 @@ def read_index(root: str | Path, split: str, layout: str = "coco") -> Index:
 
     TesseraError for an unknown layout and as the layout raises it.
     """
-    return LAYOUTS[known(layout)](root, split)
+    return replace(LAYOUTS[known(layout)](root, split), origin=Origin(open_store(str(root)).url, split, layout))

@@ -4,7 +4,7 @@ import logging
 import platform
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from infra import ray_cluster
 from infra.in_use import in_use
@@ -19,6 +19,7 @@ from preprocessing.shards import (
     commit,
     compute_shard,
     forget_lost,
+    origins_of,
     plan,
     read_set,
 )
@@ -76,7 +77,7 @@ def _precompute(store: Store, name: str, index: Index, config: ShardConfig, bad_
 
     ray_cluster.map_tasks(compute, ((store.url, job) for job in jobs), report)
     if finished is not None:
-        return finished
+        return replace(finished, origins=origins_of(index))  # the same samples may lie in many places
     return commit(store, planned, index, config, [computed.shard for computed in done], bad_share)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from preprocessing.geometry import Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import LabelTable
 from preprocessing.sample import SCHEMA_VERSION, make_sample, to_fields
-from preprocessing.source import BadSample, Index, Record, Rejected, TooManyBad
+from preprocessing.source import BadSample, Index, Origin, Record, Rejected, TooManyBad
 
 FOLDER = "precompute"
 _EARLIER = 8
@@ -74,6 +74,8 @@ class ShardSet:
     config: ShardConfig
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
+    origins: tuple[Origin, ...] = field(default=(), compare=False)
+    """Where its samples were read from, by whoever made it first; none where that was not written down."""
 
     @property
     def samples(self) -> int:
@@ -95,6 +97,7 @@ class _Content:
     config: ShardConfig
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,15 @@ def commit(
     rejected = index.rejected + tuple(r for shard in shards for r in shard.rejected)
     order = {job.key: position for position, job in enumerate(made.jobs)}
     kept = tuple(shard for shard in sorted(shards, key=lambda shard: order[shard.key]) if shard.image_ids)
-    result = ShardSet(made.path, index.labels, config, kept, rejected)
+    result = ShardSet(made.path, index.labels, config, kept, rejected, origins_of(index))
     check(result, bad_share)
     write_set(store, result, made.extends)
     return result
+
+
+def origins_of(index: Index) -> tuple[Origin, ...]:
+    """Of a set that is made of it."""
+    return () if index.origin is None else (index.origin,)
 
 
 def write_set(store: Store, finished: ShardSet, extends: Sequence[str]) -> None:
@@ -254,6 +262,7 @@ def write_set(store: Store, finished: ShardSet, extends: Sequence[str]) -> None:
         "samples": finished.samples,
         "labels": finished.labels.to_coco(),
         "config": finished.config,
+        "origins": finished.origins,
         "extends": extends,
         "shards": [asdict(shard) for shard in finished.shards],
         "rejected": [asdict(r) for r in finished.rejected],
@@ -286,7 +295,8 @@ def join(first: ShardSet, others: Sequence[ShardSet]) -> ShardSet:
         return first
     rejected = (*first.rejected, *(r for other in others for r in other.rejected))
     path = _set_path(first.labels, first.config, [shard.key for shard in shards], rejected)
-    return ShardSet(path, first.labels, first.config, tuple(shards), rejected)
+    origins = dict.fromkeys(origin for one in (first, *others) for origin in one.origins)
+    return ShardSet(path, first.labels, first.config, tuple(shards), rejected, tuple(origins))
 
 
 def check(result: ShardSet, bad_share: float) -> None:
@@ -312,7 +322,8 @@ def read_set(store: Store, path: str) -> ShardSet | None:
         schemas = f"schema {schema}, this code reads {SCHEMA_VERSION}"
         raise TesseraError(f"{url}: written by another version ({schemas}); run precompute again")
     found = records.restore(_Content, content, url)
-    result = ShardSet(path, LabelTable.from_coco(found.labels, url), found.config, found.shards, found.rejected)
+    labels = LabelTable.from_coco(found.labels, url)
+    result = ShardSet(path, labels, found.config, found.shards, found.rejected, found.origins)
     if result.samples != found.samples:
         raise TesseraError(f"{url}: its shards hold {result.samples} samples, it says {found.samples}")
     return result

@@ -4,7 +4,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -157,6 +158,24 @@ class Record(ABC):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a split was read from: what reports say of it. No part of what shards or runs are known by."""
+
+    root: str
+    """Folder or URL of the data set."""
+    split: str
+    layout: str
+
+    @property
+    def title(self) -> str:
+        """The data set's own name, and the split."""
+        return f"{shown(PurePath(self.root).name or self.root)} {shown(self.split)}"
+
+    def __str__(self) -> str:
+        return f"{shown(self.root)}, layout {self.layout}, split {shown(self.split)}"
+
+
+@dataclass(frozen=True)
 class Index:
     """One split of a data set, read once by the driver."""
 
@@ -166,6 +185,7 @@ class Index:
     """Samples that could not become a record."""
     unused: tuple[Defect, ...] = ()
     """Files that belong to no sample."""
+    origin: Origin | None = field(default=None, compare=False)
 
     def under(self, labels: LabelTable) -> "Index":
         """The same samples by another table of the same categories, so that each has the place that it has there.

@@ -4,7 +4,6 @@ Ends with 0 if every split can be trained on, with 1 if not. Reads every file on
 """
 
 import argparse
-import base64
 import io
 import os
 import re
@@ -18,14 +17,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from infra.errors import TesseraError
+from infra.page import date, page
 from infra.store import open_store
+from infra.version import code_version
 from preprocessing.labels import LabelTable
 from preprocessing.layouts import LAYOUTS, read_index
-from preprocessing.pictures import encode_png, panoptic_overlay
+from preprocessing.pictures import Panel, overlay_panel
 from preprocessing.source import Defect, Examined, Index, Record
 
 _CHUNK = 32
@@ -54,8 +54,10 @@ class Findings:
     contents: dict[tuple[int, int], list[tuple[str, int]]] = field(default_factory=dict)
     """Image files and their ids by length and CRC-32."""
     defects: list[Defect] = field(default_factory=list)
-    overlays: dict[int, str] = field(default_factory=dict)
-    """Base64 PNGs by image id."""
+    panels: dict[int, Panel] = field(default_factory=dict)
+    """Pictures of some samples by image id, as the next."""
+    notes: dict[int, str] = field(default_factory=dict)
+    """Size and void."""
 
     def __iadd__(self, other: "Findings") -> "Findings":
         for name, value in vars(other).items():
@@ -75,6 +77,20 @@ class Findings:
         """Samples that would be set aside, of all."""
         samples = self.images + self.rejected
         return (samples - self.usable) / max(1, samples)  # 1 - 99/100 would be more than 0.01
+
+    @property
+    def void_share(self) -> float:
+        """Of the pixels of usable images."""
+        return self.void_pixels / max(1, self.void_pixels + sum(self.pixels.values()))
+
+    @property
+    def extremes(self) -> str:
+        """Width and height of the smallest and the largest usable image, and of how many sizes they are."""
+        if not self.sizes:
+            return "none"
+        ordered = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
+        least, most = (f"{width}x{height}" for height, width in (ordered[0], ordered[-1]))
+        return f"{least} px" if least == most else f"{least} to {most} px, {len(ordered)} sizes"
 
 
 def examine_index(index: Index, split: str, workers: int, progress: Any = print) -> tuple[LabelTable, Findings]:
@@ -110,7 +126,7 @@ def _examine(records: Iterable[Record], labels: LabelTable, drawn: frozenset[int
         if good and found.truth is not None:
             part += _counted(found)
         if record.image_id in drawn:
-            part.overlays = _overlay(record, found, labels)
+            part += _drawn(record, found, labels)
         total += part
     return total
 
@@ -127,15 +143,17 @@ def _counted(found: Examined) -> Findings:
     return part
 
 
-def _overlay(record: Record, found: Examined, labels: LabelTable) -> dict[int, str]:
+def _drawn(record: Record, found: Examined, labels: LabelTable) -> Findings:
+    """The image beside its segments, where it can be drawn."""
     if found.picture is None or found.truth is None:
-        return {}
-    size = found.truth.size
+        return Findings()
+    height, width = found.truth.size
     image_HW3 = np.asarray(found.picture)
-    if image_HW3.shape[:2] != size:
-        return {}
-    png = encode_png(panoptic_overlay(image_HW3, found.truth, labels), size)
-    return {record.image_id: base64.b64encode(png).decode()}
+    if image_HW3.shape[:2] != (height, width):
+        return Findings()
+    panel = Panel(record.image.name, overlay_panel(image_HW3, {"segments": found.truth}, labels))
+    note = f"{width}x{height}, {np.mean(found.truth.ids == 0):.1%} void"
+    return Findings(panels={record.image_id: panel}, notes={record.image_id: note})
 
 
 def compare_splits(found: Sequence[Findings]) -> None:
@@ -187,12 +205,27 @@ def verdict(found: dict[str, tuple[LabelTable, Findings]], bad_share: float) -> 
     return reasons
 
 
-def to_html(root: Path | str, found: dict[str, tuple[LabelTable, Findings]], reasons: Sequence[str]) -> str:
-    """One file that opens from disk without a network."""
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return templates.get_template("validate.html").render(
-        root=root, found=found, reasons=reasons, kinds=kinds, histogram=histogram, shown=_SHOWN, sum=sum
-    )
+def to_html(
+    title: str, facts: dict[str, str], found: dict[str, tuple[LabelTable, Findings]], reasons: Sequence[str]
+) -> str:
+    """One file that opens from disk without a network. facts: which data, as its head says it."""
+    head = facts | {"looked at": f"{date()}, by code {code_version()}"}
+    called: dict[str, Any] = {"kinds": kinds, "histogram": histogram, "split_facts": split_facts, "shown": _SHOWN}
+    template = Path(__file__).with_name("validate.html")
+    return page(template, title, head, found=found, reasons=reasons, **called)
+
+
+def split_facts(labels: LabelTable, findings: Findings) -> dict[str, str]:
+    """The head of a split on the page."""
+    things = sum(n for i, n in findings.segments.items() if labels.is_thing[i])
+    segments, occur = sum(findings.segments.values()), len(findings.segments)
+    return {
+        "samples": f"{findings.usable} of {findings.images + findings.rejected} can be used",
+        "sizes": findings.extremes,
+        "segments": f"{segments}: {things} of things, {segments - things} of stuff; {findings.crowds} are crowds",
+        "categories": f"{occur} of {len(labels)} occur",
+        "void": f"{findings.void_share:.1%} of the pixels",
+    }
 
 
 def histogram(labels: LabelTable, findings: Findings) -> list[dict[str, Any]]:
@@ -216,13 +249,11 @@ def to_text(split: str, labels: LabelTable, findings: Findings) -> str:
     """What the terminal shows of a split."""
     never = [c.name for i, c in enumerate(labels.categories) if not findings.segments[i]]
     shown = f"; never: {', '.join(never[:8])}{', ...' if len(never) > 8 else ''}" if never else ""
-    sizes = f"{_by(findings.sizes)} px" if len(findings.sizes) == 1 else f"{len(findings.sizes)} sizes"
-    void = findings.void_pixels / max(1, findings.void_pixels + sum(findings.pixels.values()))
     segments = sum(findings.segments.values())
     lines = [
-        f"{split}: {findings.usable} of {findings.images + findings.rejected} samples can be used; {sizes}",
+        f"{split}: {findings.usable} of {findings.images + findings.rejected} samples can be used; {findings.extremes}",
         f"  {len(labels) - len(never)} of {len(labels)} categories occur{shown}",
-        f"  {segments} segments, {findings.crowds} of them crowds; {void:.1%} of the pixels void",
+        f"  {segments} segments, {findings.crowds} of them crowds; {findings.void_share:.1%} of the pixels void",
     ]
     lines += [f"  {'warning' if usable else 'ERROR'} {n} x {kind}" for kind, usable, n in kinds(findings.defects)]
     for defect in findings.defects[:_SHOWN]:
@@ -231,10 +262,6 @@ def to_text(split: str, labels: LabelTable, findings: Findings) -> str:
     if len(findings.defects) > _SHOWN:
         lines.append(f"    and {len(findings.defects) - _SHOWN} more")
     return "\n".join(lines)
-
-
-def _by(sizes: Counter[tuple[int, int]]) -> str:
-    return ", ".join(f"{width}x{height}" for height, width in sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -254,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     found, reasons = {}, list[str]()
-    for split in options.split or ["train2017", "val2017"]:
+    options.split = options.split or ["train2017", "val2017"]
+    for split in options.split:
         try:
             index = read_index(options.data, split, options.layout)
             found[split] = examine_index(index, split, options.workers, _tell)
@@ -264,8 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for split, (labels, findings) in found.items():
         sys.stdout.write(to_text(split, labels, findings) + "\n")
     reasons += verdict(found, options.bad_share)
-    page = to_html(options.data, found, reasons)
-    options.page.write_text(page, encoding="utf-8", errors="backslashreplace")
+    splits = ", ".join(options.split)
+    facts = {"data set": options.data, "layout": options.layout, "splits": splits}
+    options.page.write_text(to_html(f"{options.data}: {splits}", facts, found, reasons), encoding="utf-8")
     can = "cannot be trained on: " + "; ".join(reasons) if reasons else "can be trained on"
     sys.stdout.write(f"{options.data} {can}\npage: {options.page.resolve()}\n")
     return 1 if reasons else 0

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from evaluation import oracle
-from evaluation.evaluate import EvalJob, Scores, ShardScore, draw_shard, evaluate_shard, galleries_of, gather
+from evaluation.evaluate import (
+    EvalJob,
+    Scores,
+    ShardScore,
+    draw_shard,
+    evaluate_shard,
+    galleries_of,
+    gather,
+    load_samples,
+)
 from evaluation.ray_evaluate import evaluate
 from evaluation.summary import summary_of
 from infra.errors import TesseraError
@@ -18,6 +27,8 @@ from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.finished_run import finished_run
 from tests.support.ray_local import ray_local  # noqa: F401
 from tests.support.shard_sets import make_set
+from training.methods.generalist.decode import CENTROID_VIEW
+from training.parts.assemble import SEMANTIC_VIEW
 from training.recipes.generalist import debug
 from training.run import TrainedRun, read_run
 
@@ -107,8 +118,10 @@ def test_pictures_are_of_the_images_asked_for(store: Store, run: str, val_set):
     job = EvalJob(debug(), store.url, run, "evaluate/drawn", shards.labels, shards.shards[1])
     drawn = draw_shard(job, frozenset({2, 8, 9}))
     assert drawn.keys() == {8, 9}
-    titles = ["image", "ground truth", "predicted panoptic", "predicted semantic", "decoded centroids, red x, green y"]
-    assert all(list(views) == titles for views in drawn.values())
+    titles = ["image", "ground truth", "predicted panoptic", SEMANTIC_VIEW, CENTROID_VIEW]
+    assert all(list(panel.pictures) == titles for panel in drawn.values())
+    names = {s.image_id: s.file_name for batch in load_samples(store.url, shards.shards[1]) for s in batch}
+    assert {i: panel.file_name for i, panel in drawn.items()} == {8: names[8], 9: names[9]}
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -14,7 +14,7 @@ from preprocessing.coco import read_index
 from preprocessing.labels import LabelTable
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardConfig, ShardSet, join, read_set, write_set
-from preprocessing.source import Index, Rejected
+from preprocessing.source import Index, Origin, Rejected
 from preprocessing.synthetic import CATEGORIES, SyntheticConfig
 from preprocessing.synthetic import write_set as write_synthetic
 from tests.support.retraining import ids_of
@@ -82,6 +82,18 @@ def test_what_was_set_aside_anywhere_is_told(parts: list[ShardSet]):
     joined = join(parts[0], [replace(parts[1], rejected=(aside,)), parts[2]])
     assert joined.rejected == (aside,)
     assert joined.path != join(parts[0], parts[1:3]).path
+
+
+def test_where_samples_come_from_is_kept_and_names_no_set(folder: Store, parts: list[ShardSet]):
+    one, two = (Origin("/data/ADE20K", split, "ade20k") for split in ("training", "more"))
+    named = [replace(part, origins=(origin,)) for part, origin in zip(parts, (one, two, two, one), strict=True)]
+    joined = join(named[0], named[1:])
+    assert joined.origins == (one, two)
+    assert joined == join(parts[0], parts[1:])
+    write_set(folder, replace(joined, path="precompute/f/named"), ())
+    found = read_set(folder, "precompute/f/named")
+    assert found is not None
+    assert found.origins == joined.origins
 
 
 def test_training_sees_every_image_of_a_joined_set_once_an_epoch(folder: Store, parts: list[ShardSet]):

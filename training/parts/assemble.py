@@ -186,6 +186,10 @@ def _tabulate(dense_HW: NDArray[np.uint16], category_M: NDArray[np.int64], assem
     return PanopticMap(ids_HW, tuple(kept))
 
 
+SEMANTIC_VIEW = "predicted semantic: the class that each pixel is most likely of, before objects are told apart"
+"""Title of class_picture."""
+
+
 def class_picture(classes_HW: Tensor, labels: LabelTable) -> Picture:
     """Contiguous ids -> the categories' colours."""
     return labels.colors[classes_HW.cpu().numpy()]

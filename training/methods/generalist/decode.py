@@ -320,6 +320,13 @@ def sum_cells_on_device(votes_B2HW: Tensor, inside_BHW: Tensor, cells_BHW: Tenso
     return torch.stack(sums_BG, 2)
 
 
+CENTROID_VIEW = (
+    "decoded centroids: the colour is the place where a pixel puts the centre of its object, red grows to the right, "
+    "green downwards, so that one object should have one colour; black where the network sees no object"
+)
+"""Title of centroid_picture."""
+
+
 def centroid_picture(instance_XHW: Tensor, config: GeneralistConfig) -> Picture:
     """Voted centroid as colour: red = x, green = y, blue where there is an instance; void is black."""
     votes_2HW, inside_HW = cast_votes_on_host(instance_XHW.cpu(), config)

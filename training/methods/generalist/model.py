@@ -15,10 +15,10 @@ from training.backbones.base import Backbone
 from training.batch import VOID, Batch
 from training.methods.base import Method, Outputs
 from training.methods.generalist.config import GeneralistConfig
-from training.methods.generalist.decode import centroid_picture, decode
+from training.methods.generalist.decode import CENTROID_VIEW, centroid_picture, decode
 from training.methods.generalist.loss import instance_losses, semantic_losses
 from training.methods.generalist.targets import instance_targets, omegas, semantic_targets
-from training.parts.assemble import Assembly, certain, class_picture
+from training.parts.assemble import SEMANTIC_VIEW, Assembly, certain, class_picture
 
 _CODES = {
     "embedding": "sin w_k x, cos w_k x, sin w_k y, cos w_k y, each for k from 0 to L - 1; x and y in -1..1, L is "
@@ -73,8 +73,8 @@ class Generalist(Method):
         logits_BCHW, codes_BXHW = outputs
         return [
             {
-                "predicted semantic": class_picture(classes_HW, self.labels),
-                "decoded centroids, red x, green y": centroid_picture(codes_XHW, self.config),
+                SEMANTIC_VIEW: class_picture(classes_HW, self.labels),
+                CENTROID_VIEW: centroid_picture(codes_XHW, self.config),
             }
             for classes_HW, codes_XHW in zip(logits_BCHW.argmax(1), codes_BXHW, strict=True)
         ]

@@ -156,6 +156,15 @@ def nearest_centres_on_device(offset_2HW: Tensor, thing_HW: Tensor, centre_K2: C
     return instances_HW.where(thing_HW, NO_INSTANCE)
 
 
+HEAT_VIEW = "heat of centres: bright where the network sees the centre of an object"
+"""Title of heat_picture."""
+OFFSET_VIEW = (
+    "offsets: the hue is the direction from a pixel to the centre of its object, so that all hues should stand around "
+    "each centre; pale where the way is short"
+)
+"""Title of offset_picture."""
+
+
 def heat_picture(heat_HW: Tensor) -> Picture:
     """Scores from 0, black, to 1, white."""
     gray_HW = (255 * heat_HW.float().cpu().clamp(0, 1)).byte().numpy()

@@ -17,10 +17,10 @@ from training.backbones.base import Backbone
 from training.batch import VOID, Batch
 from training.methods.base import Method, Outputs
 from training.methods.panoptic_deeplab.config import PanopticDeeplabConfig
-from training.methods.panoptic_deeplab.decode import decode, heat_picture, offset_picture
+from training.methods.panoptic_deeplab.decode import HEAT_VIEW, OFFSET_VIEW, decode, heat_picture, offset_picture
 from training.methods.panoptic_deeplab.loss import losses
 from training.methods.panoptic_deeplab.targets import targets, with_crowds
-from training.parts.assemble import Assembly, certain, class_picture
+from training.parts.assemble import SEMANTIC_VIEW, Assembly, certain, class_picture
 from training.parts.pisr import Relations
 
 Dense = tuple[Tensor, Tensor, Tensor]
@@ -71,9 +71,9 @@ class PanopticDeeplab(Method):
         logits_BCHW, heat_B1HW, offset_B2HW = outputs
         return [
             {
-                "predicted semantic": class_picture(classes_HW, self.labels),
-                "heat of centres": heat_picture(heat_HW),
-                "offsets, direction as hue": offset_picture(offset_2HW),
+                SEMANTIC_VIEW: class_picture(classes_HW, self.labels),
+                HEAT_VIEW: heat_picture(heat_HW),
+                OFFSET_VIEW: offset_picture(offset_2HW),
             }
             for classes_HW, heat_HW, offset_2HW in zip(logits_BCHW.argmax(1), heat_B1HW[:, 0], offset_B2HW, strict=True)
         ]

@@ -297,7 +297,7 @@ def test_a_line_break_in_a_name_begins_no_line_of_a_log(tmp_path: Path, caplog: 
     (tmp_path / "inbox/x\nINFO promoted").touch()
     with caplog.at_level(logging.WARNING):
         uploads(open_store(str(tmp_path)))
-    decided = Decision("x\nINFO promoted", "1", "accepted", "now")
+    decided = Decision("x\nINFO promoted", "1", "known", "now")
     for told in (caplog.messages[0], decided.brief(""), str(decided), str(File("/x\nINFO promoted"))):
         assert r"x\nINFO promoted" in told
         assert told.isprintable()

@@ -5,9 +5,8 @@ entry n and want another run in its place exactly one gets n + 1, what was is ne
 like any other.
 """
 
-import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from evaluation.bootstrap import Interval, difference_intervals
@@ -114,7 +113,7 @@ def _key(number: int) -> str:
 
 def follow(store: Store, entry: Champion) -> bool:
     """Add the entry, if no other one has its number yet: True for exactly one of all that try."""
-    return store.create(_key(entry.number), json.dumps(asdict(entry), indent=1).encode())
+    return store.create(_key(entry.number), records.to_json(entry))
 
 
 def give(store: Store, evaluation: str) -> Champion:

@@ -1,6 +1,5 @@
 """Evaluating one shard, and adding shards up: no Ray here."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -131,7 +130,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
             store.write(f"{job.path}/predictions/{png_name}", coco_format.png(prediction))
             annotations.append(coco_format.annotation(prediction, job.labels, sample.image_id, png_name))
     result = ShardScore(total, by_image, tuple(annotations), names)
-    store.write(key, json.dumps(_to_json(result)).encode())
+    store.write(key, records.to_json(_to_json(result), indent=None))
     return result
 
 

@@ -19,6 +19,7 @@ from evaluation import coco_format
 from evaluation.images import UserImage, read_image
 from evaluation.predict import Prediction, Predictor
 from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
+from infra import records
 from infra.errors import StoreError, TesseraError
 from infra.opening import check_size
 from infra.store import Store, open_store
@@ -100,8 +101,8 @@ def _of_its_name(error: StoreError) -> bool:
 def _done(output: Store, work: Work, item: Item) -> Row | None:
     record = f"{RECORDS}/{item.name}.json"
     try:
-        row = json.loads(output.read(record)) if output.exists(record) else None
-    except (TesseraError, ValueError):  # a name that is no key: reading the image will say so; or a damaged record
+        row = records.read(output, record, dict[str, Any]) if output.exists(record) else None
+    except TesseraError:  # a name that is no key: reading the image will say so; or a damaged record
         return None
     promised = [f"{work.folder}/{item.png}", *([_overlay(item)] if work.overlays else [])]
     return row if row and row["key"] == item.key(work) and all(map(output.exists, promised)) else None
@@ -176,7 +177,7 @@ def _write(output: Store, work: Work, item: Item, prediction: Prediction) -> Row
         "notes": prediction.notes,
         "empty": prediction.empty,
     }
-    output.write(f"{RECORDS}/{item.name}.json", json.dumps(row).encode())
+    output.write(f"{RECORDS}/{item.name}.json", records.to_json(row, indent=None))
     return row
 
 
@@ -219,9 +220,11 @@ def _earlier(output: Store, known: set[str]) -> list[Row]:
 
 def _record(output: Store, key: str) -> Row:
     try:
-        return json.loads(output.read(key))
-    except ValueError as error:
-        raise TesseraError(f"{output.url_for(key)}: damaged ({error}); delete it and run again") from error
+        return records.read(output, key, dict[str, Any])
+    except StoreError:
+        raise
+    except TesseraError as error:
+        raise TesseraError(f"{error}; delete it and run again") from error
 
 
 def _image_ids(plan: Plan, rows: Sequence[Row]) -> list[int]:

@@ -280,7 +280,7 @@ def claim(work: Work) -> None:
     """Write into the output whose predictions it holds. TesseraError if they are another run's or of other images."""
     target = open_store(work.output)
     ours = Claim(f"{work.storage}/{work.run}", work.source, work.folder)
-    if target.create(CLAIM, json.dumps(asdict(ours), indent=1).encode()):
+    if target.create(CLAIM, records.to_json(ours)):
         return
     try:
         theirs = records.read(target, CLAIM, Claim)

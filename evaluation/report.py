@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from evaluation import facts, plots
 from evaluation.evaluate import Scores
 from evaluation.summary import read_summary, summary_of
-from infra import artifacts, page
+from infra import artifacts, page, records
 from infra.page import interval, percent
 from infra.records import Count, Key, Percent
 from infra.store import Store, open_store
@@ -95,14 +95,14 @@ def write_report(
     images = [{"id": i, "file_name": name} for i, name in scores.names.items()]
     predictions = {"images": images, "annotations": scores.annotations, "categories": val_set.labels.to_coco()}
     files = {
-        "predictions.json": json.dumps(predictions),
-        "images.json": json.dumps({str(i): stats.to_sparse_json() for i, stats in scores.by_image.items()}),
-        "report.json": json.dumps(summary, indent=1),
-        "report.md": markdown,
-        "report.html": to_html(recipe, store, run, rows, val_set, summary, gallery),
+        "predictions.json": records.to_json(predictions, indent=None),
+        "images.json": records.to_json({str(i): s.to_sparse_json() for i, s in scores.by_image.items()}, indent=None),
+        "report.json": records.to_json(summary),
+        "report.md": markdown.encode(),
+        "report.html": to_html(recipe, store, run, rows, val_set, summary, gallery).encode(),
     }
-    for name, text in files.items():
-        store.write(f"{path}/{name}", text.encode())
+    for name, content in files.items():
+        store.write(f"{path}/{name}", content)
     manifest = {
         "recipe": recipe.name,
         "decode": asdict(recipe.method.decode),

@@ -4,7 +4,6 @@
 was killed, or runs beside another, trains the same challenger. `manifest.json`, last, says what came of it.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -66,7 +65,7 @@ def round_path(settings: dict[str, Any], root: str, train_set: str) -> str:
 def begin(store: Store, planned: Round) -> Round:
     """Fix what the round starts from, or return what was fixed before."""
     key = f"{planned.path}/plan.json"
-    if store.create(key, json.dumps(asdict(planned), indent=1).encode()):
+    if store.create(key, records.to_json(planned)):
         return planned
     found = records.read(store, key, Round)
     if (found.path, found.root, found.train_set) != (planned.path, planned.root, planned.train_set):

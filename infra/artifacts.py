@@ -4,7 +4,6 @@ Path = step name + hash of the whole config, the step's schema version and the i
 is written last; its presence means done, so a rerun is a no-op and two configs never overwrite each other.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ PROMISED: dict[str, tuple[str, ...]] = {
 
 def digest(*facts: Any) -> str:
     """16 hex digits over dataclasses, lists, dicts and scalars, independent of process and machine."""
-    text = json.dumps(facts, sort_keys=True, default=_plain, separators=(",", ":"))
+    text = json.dumps(facts, sort_keys=True, default=records.plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -58,7 +57,7 @@ def read_manifest(store: Store, path: str, kind: Any = dict[str, Any]) -> Any:
 
 def write_manifest(store: Store, path: str, content: dict[str, Any]) -> None:
     """Declare the step done. Racing writers of one path hold equal content, so the first one stays."""
-    store.create(f"{path}/{MANIFEST}", json.dumps(content, indent=1, default=_plain).encode())
+    store.create(f"{path}/{MANIFEST}", records.to_json(content))
 
 
 def lost(store: Store, path: str, *more: str) -> list[str]:
@@ -77,9 +76,3 @@ def refuse_lost(store: Store, path: str) -> None:
             f"{url}: it is finished, and {', '.join(names)} of it is gone; put that back, or delete {url}/{MANIFEST} "
             "and run again what has made it"
         )
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{type(value).__name__} has no place in a config or manifest")

@@ -11,7 +11,6 @@ clock of its own process that nobody sets; and it refuses where a mark that beat
 that stays as it is for a quarter of an hour, by the same clock, is dead for work, whatever its date.
 """
 
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from infra import records
@@ -81,7 +80,7 @@ def store_time(store: Store) -> datetime:
 def in_use(store: Store, *prefixes: str) -> Iterator[None]:
     """Keep retention from all keys that start so, until the way out. Waits for a retention that is at work."""
     said = Said(prefixes, socket.gethostname(), os.getpid())
-    with _said(store, f"{FOLDER}/{uuid.uuid4().hex}.json", json.dumps(asdict(said)).encode()) as mark:
+    with _said(store, f"{FOLDER}/{uuid.uuid4().hex}.json", records.to_json(said)) as mark:
         seen = dict[str, tuple[datetime, float]]()
         told = False
         while _sweeps(mark, seen):

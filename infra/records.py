@@ -5,6 +5,7 @@ unknown are left, fields that are missing take their default or are named, and v
 their dotted name. No other code of ours takes apart a JSON of the store.
 """
 
+import dataclasses
 import json
 import re
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from infra import checksums
 from infra.errors import TesseraError
 from infra.store import Store
 from infra.text import quoted
@@ -38,8 +40,10 @@ def parse(kind: type[T], data: bytes | str, source: str) -> T:
 
     Tuples are lists in JSON; nothing else is converted: 1.9, "1" and true are no integers, NaN is no number. source:
     what errors call the JSON. Raises TesseraError: no JSON, another shape, a missing field, a value of another type, or
-    what the dataclass says of its values.
+    what the dataclass says of its values; DamagedObject: other bytes than `to_json` gave.
     """
+    if isinstance(data, bytes):
+        checksums.check(data, source)
     data = _LONE.sub(lambda found: b"\\" + found[0] if found[1] else found[0], _bytes(data))
     try:
         from_json(data, allow_inf_nan=False)
@@ -62,6 +66,18 @@ def restore(kind: type[T], value: Any, source: str) -> T:
 def read(store: Store, key: str, kind: type[T]) -> T:
     """As `parse`, of an object on the store, which errors name by its URL. Raises StoreError, too."""
     return parse(kind, store.read(key), store.url_for(key))
+
+
+def to_json(value: Any, indent: int | None = 1) -> bytes:
+    """What `parse` reads: dataclasses and plain values as JSON, with its checksum (infra.checksums)."""
+    return checksums.seal(json.dumps(value, indent=indent, default=plain).encode())
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as a dict, for json.dumps. Raises TypeError for what JSON does not know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} has no place in a config or manifest")
 
 
 def _bytes(data: bytes | str) -> bytes:

@@ -8,12 +8,11 @@ are decided on. When an upload is mended and its `_SUCCESS` written again, it is
 line of champions decides for itself: it has its own categories, grid and val images.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
@@ -189,7 +188,7 @@ def decide(store: Store, line: str, upload: Upload, page: str | None = None, **f
         found = replace(found, report=f"{QUARANTINE}/{line}/{upload.title}/report.html")
         store.write(f"{QUARANTINE}/{line}/{upload.title}/report.html", page.encode())
     key = f"{DECISIONS}/{line}/{upload.title}.json"
-    if store.create(key, json.dumps(asdict(found), indent=1).encode()):
+    if store.create(key, records.to_json(found)):
         return found
     return _read(store, key)
 
@@ -203,7 +202,7 @@ def withdraw(store: Store, line: str, name: str) -> list[Decision]:
         raise TesseraError(f"{store.url}/{INBOX}/{name}: no accepted upload, nothing to withdraw")
     taken = {title: replace(decision, state="withdrawn") for title, decision in found.items()}
     for title, decision in taken.items():
-        store.write(f"{DECISIONS}/{line}/{title}.json", json.dumps(asdict(decision), indent=1).encode())
+        store.write(f"{DECISIONS}/{line}/{title}.json", records.to_json(decision))
     return [*taken.values()]
 
 

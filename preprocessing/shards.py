@@ -6,7 +6,6 @@ share shards, a rerun computes nothing and images added to a data set cost only 
 
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,7 +218,7 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
     shard = Shard(job.key, made_from, tuple(image_ids), len(data), sha256, tuple(rejected))
     if data:
         store.write(job.key, data)
-    store.write(_record_key(job.key), json.dumps(asdict(shard)).encode())
+    store.write(_record_key(job.key), records.to_json(shard, indent=None))
     return shard
 
 

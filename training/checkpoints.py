@@ -6,6 +6,8 @@
 import io
 import logging
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.errors import TesseraError
+from infra import checksums
+from infra.errors import DamagedObject, TesseraError
 from infra.store import Store
 from training.backbones.weights import load_plain
 
@@ -30,6 +33,8 @@ recipe, code: the config, and the version of the code that wrote it.
 """
 
 _FOLDER = "checkpoints"
+_LENGTHS = 26
+"""Where in the header of a zip's part the lengths of its name and extra field stand, which its content follows."""
 log = logging.getLogger("tessera.train")
 
 
@@ -39,7 +44,7 @@ def steps_of(store: Store, run: str) -> list[int]:
     return sorted(int(name.removesuffix(".pt")) for name in names if re.fullmatch(r"\d+\.pt", name))
 
 
-class Damaged(TesseraError):
+class Damaged(DamagedObject):
     """The store holds something else than the checkpoint."""
 
 
@@ -53,7 +58,7 @@ def newest(store: Store, run: str) -> State | None:
     for step in reversed(steps):
         try:
             return read_state(store, run, step)
-        except Damaged as error:
+        except DamagedObject as error:
             log.warning("%s; trying the one before", error)
     if steps:
         raise TesseraError(f"{store.url_for(run)}/{_FOLDER}: all of {steps} are damaged; delete them to start anew")
@@ -61,10 +66,11 @@ def newest(store: Store, run: str) -> State | None:
 
 
 def read_state(store: Store, run: str, step: int) -> State:
-    """The checkpoint of a step. Damaged, or TesseraError if it cannot be had at all."""
+    """The checkpoint of a step. DamagedObject, or TesseraError if it cannot be had at all."""
     key = _key(run, step)
     data = store.read(key)
     try:
+        _check(data)
         state = load_plain(data)
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}")
@@ -157,6 +163,18 @@ def _warning_of(work: Callable[[], None]) -> Exception | None:
         log.warning("%s: %s", type(error).__name__, error)
         return error
     return None
+
+
+def _check(data: bytes) -> None:
+    """DamagedObject unless all parts of the zip that torch wrote have their checksums, which torch does not look at."""
+    with zipfile.ZipFile(io.BytesIO(data)) as parts:
+        for part in parts.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                continue  # as torch writes none: load_plain says so
+            names = part.header_offset + _LENGTHS
+            start = names + 4 + sum(struct.unpack("<HH", data[names : names + 4]))
+            content = memoryview(data)[start : start + part.compress_size]
+            checksums.require(checksums.crc32(content) == part.CRC, part.filename)
 
 
 def _key(run: str, step: int) -> str:

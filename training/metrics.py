@@ -1,6 +1,7 @@
 """What a run tells of itself: rows over its steps, and the one table of them on the store."""
 
 import io
+import json
 import resource
 import sys
 import time
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra import checksums
 from infra.errors import TesseraError
 from infra.store import Store
 
 METRICS = "metrics.parquet"
+_CHECKSUM = b"crc32"
 STARVED = 0.3
 """Share of the time spent waiting for batches above which a run is called data-starved."""
 _LOSS, _FIGURE = "loss/", "val/"
@@ -131,6 +134,7 @@ def write_metrics(store: Store, run: str, rows: Sequence[Row]) -> None:
 
     buffer = io.BytesIO()
     table = pa.Table.from_pylist([flat(row) for row in rows], _schema(rows))
+    table = table.replace_schema_metadata({_CHECKSUM: _checksum(table.to_pylist())})
     pq.write_table(table, buffer, write_page_checksum=True)
     store.write(f"{run}/{METRICS}", buffer.getvalue())
 
@@ -143,10 +147,17 @@ def read_metrics(store: Store, run: str) -> tuple[Row, ...]:
     key = f"{run}/{METRICS}"
     data = store.read(key)
     try:
-        found = pq.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist()
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        found, told = table.to_pylist(), (table.schema.metadata or {}).get(_CHECKSUM)
+        checksums.require(told is None or told == _checksum(found), store.url_for(key))
         return tuple(_row(values) for values in found)
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:  # what damage and other tables lead to
         raise TesseraError(f"{store.url_for(key)}: expected the metrics of a run: {error}") from error
+
+
+def _checksum(values: list[dict[str, Any]]) -> bytes:
+    """Of a table's content: pages of Parquet have one, its names and counts have none."""
+    return f"{checksums.crc32(json.dumps(values, sort_keys=True).encode()):08x}".encode()
 
 
 def flat(row: Row) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Names of runs: a name belongs to one config, so that a rerun of a changed one cannot pass for the same run."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from infra import records
@@ -44,7 +44,7 @@ def refuse_changed(store: Store, name: str, facts: dict[str, Any]) -> None:
 
 def give(store: Store, name: str, run: str, facts: dict[str, Any]) -> None:
     """Give the name to the run at a folder, whoever had it."""
-    store.write(_key(name), json.dumps(asdict(_Named(run, facts)), indent=1).encode())
+    store.write(_key(name), records.to_json(_Named(run, facts)))
 
 
 def _key(name: str) -> str:

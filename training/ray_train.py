@@ -3,7 +3,6 @@
 Checkpoints are our own (training.checkpoints), read and written by the workers: Ray only places and restarts them.
 """
 
-import json
 import logging
 import platform
 import tempfile
@@ -21,7 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from infra import artifacts, ray_cluster
+from infra import artifacts, ray_cluster, records
 from infra.errors import TesseraError
 from infra.in_use import in_use
 from infra.store import open_store
@@ -303,7 +302,7 @@ class _Watcher:
         """Leave the worker's samples on the store, and the reason with the flow."""
         facts = {"step": error.step, "gradient_norm": error.norm, "losses": error.losses, "samples": error.keys}
         key = f"{self.job.run}/non_finite/{error.step:08d}-{self.place.rank}.json"
-        self.store.write(key, json.dumps(facts, indent=1).encode())
+        self.store.write(key, records.to_json(facts))
         ray.get(self.job.board.fails.remote(str(error), error.own))
 
     def close(self) -> None:

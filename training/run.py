@@ -6,20 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from infra import artifacts, records
-from infra.errors import TesseraError
+from infra.errors import DamagedObject, TesseraError
 from infra.records import Amount, Count, Key
 from infra.store import Store, open_store
 from preprocessing.labels import Category, LabelTable
 from preprocessing.shards import read_set
-from training.checkpoints import Damaged, best_step, best_weights, read_state, steps_of
+from training.checkpoints import best_step, best_weights, read_state, steps_of
 from training.methods.base import Method
 from training.metrics import read_metrics, write_metrics
 from training.recipe import Recipe
+from training.tensors import pack, unpack
 
 WEIGHTS = "model.safetensors"
 log = logging.getLogger("tessera.train")
@@ -120,16 +119,13 @@ def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -
 
 def _weights(store: Store, path: str) -> dict[str, Tensor]:
     """The trained weights of a run. TesseraError, naming the URL, if they are damaged."""
-    data = store.read(f"{path}/{WEIGHTS}")
-    try:
-        return load(data)
-    except (SafetensorError, ValueError) as error:
-        raise TesseraError(f"{store.url_for(path)}/{WEIGHTS}: expected safetensors ({error})") from error
+    key = f"{path}/{WEIGHTS}"
+    return unpack(store.read(key), store.url_for(key))
 
 
 def write_weights(store: Store, path: str, weights: dict[str, Tensor]) -> None:
     """The trained weights of a run."""
-    store.write(f"{path}/{WEIGHTS}", save({name: value.contiguous() for name, value in weights.items()}))
+    store.write(f"{path}/{WEIGHTS}", pack(weights))
 
 
 def finish_best(store: Store, path: str, content: dict[str, Any]) -> dict[str, Any] | None:
@@ -147,7 +143,7 @@ def finish_best(store: Store, path: str, content: dict[str, Any]) -> dict[str, A
     if step < content["steps"]:
         try:
             weights = best_weights(read_state(store, path, step))
-        except Damaged as error:  # the last weights are there nevertheless
+        except DamagedObject as error:  # the last weights are there nevertheless
             log.warning("the best weights are lost: %s", error)
             return None
         best = artifacts.step_path("train", 1, {"best": step}, [path])

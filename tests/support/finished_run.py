@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from infra import artifacts
 from infra.store import open_store
@@ -14,7 +13,7 @@ from tests.support.shard_sets import make_set
 from training.metrics import write_metrics
 from training.recipe import Recipe
 from training.recipes.generalist import debug
-from training.run import WEIGHTS
+from training.run import write_weights
 
 
 def finished_run(folder: Path, store_url: str, recipe: Recipe | None = None) -> str:
@@ -26,7 +25,7 @@ def finished_run(folder: Path, store_url: str, recipe: Recipe | None = None) -> 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         weights = recipe.build(index.labels).state_dict()
-    store.write(f"{path}/{WEIGHTS}", save({name: value.contiguous() for name, value in weights.items()}))
+    write_weights(store, path, weights)
     write_metrics(store, path, course())
     content = {"recipe": recipe, "train_set": shards.path, "steps": 0, "workers": 1, "seconds": 0.0}
     artifacts.write_manifest(store, path, content)

@@ -42,19 +42,19 @@ def parse(kind: type[T], data: bytes | str, source: str) -> T:
     what errors call the JSON. Raises TesseraError: no JSON, another shape, a missing field, a value of another type, or
     what the dataclass says of its values; DamagedObject: other bytes than `to_json` gave.
     """
-    if isinstance(data, bytes):
-        checksums.check(data, source)
-    data = _LONE.sub(lambda found: b"\\" + found[0] if found[1] else found[0], _bytes(data))
+    text = _LONE.sub(lambda found: b"\\" + found[0] if found[1] else found[0], _bytes(data))
     try:
-        from_json(data, allow_inf_nan=False)
+        from_json(text, allow_inf_nan=False)
         hashable: Any = kind  # mypy holds no type for one
-        found: T = _adapter(hashable).validate_json(data, strict=True)
+        found: T = _adapter(hashable).validate_json(text, strict=True)
     except ValidationError as error:
         raise TesseraError(f"{source}: {_told(error)}") from error
     except ValueError as error:
         raise TesseraError(f"{source}: damaged, expected JSON ({error})") from error
     except TesseraError as error:  # a dataclass's own checks
         raise TesseraError(f"{source}: {error}") from error
+    if isinstance(data, bytes):
+        checksums.check(data, source)  # last: what is of another version is told as that, also if edited by hand
     return found
 
 

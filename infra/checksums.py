@@ -25,12 +25,12 @@ def crc32(data: bytes | memoryview, before: int = 0) -> int:
     return found
 
 
-def require(same: bool, source: str) -> None:
-    """Raises DamagedObject unless the checksum was the same."""
+def require(same: bool, source: str, more: str = "") -> None:
+    """Raises DamagedObject, with what more is to be said, unless the checksum was the same."""
     if not same:
         raise DamagedObject(
             f"{source}: damaged: by its checksum not what was written there; put a copy in its place, "
-            "or delete it and run again what wrote it"
+            f"or delete it and run again what wrote it{more}"
         )
 
 
@@ -42,7 +42,8 @@ def seal(text: bytes) -> bytes:
 def check(text: bytes, source: str) -> None:
     """Raises DamagedObject, naming the source, for JSON that is not what its last line says, if it has that line."""
     if _SEAL.fullmatch(text, len(text) - _SEAL_BYTES):
-        require(text[-_SEAL_BYTES:] == _seal(memoryview(text)[:-_SEAL_BYTES]), source)
+        by_hand = "; if you have changed it, take away its last line, of blanks and tabs"
+        require(text[-_SEAL_BYTES:] == _seal(memoryview(text)[:-_SEAL_BYTES]), source, by_hand)
 
 
 def _seal(text: bytes | memoryview) -> bytes:

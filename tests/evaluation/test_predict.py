@@ -393,6 +393,6 @@ def test_a_run_whose_data_set_is_gone_is_refused(run, tmp_path, told):
 def test_a_run_of_another_version_is_refused(tmp_path, told):
     run = finished_run(tmp_path, str(tmp_path / "store"))
     (manifest,) = (tmp_path / "store/precompute").rglob("manifest.json")
-    manifest.write_text(manifest.read_text().replace('"records"', '"rows"'))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text().replace('"records"', '"rows"'))))
     assert main([run, str(write(tmp_path / "in", {"a.jpg": np_noise()})), str(tmp_path / "out")]) == 2
     assert "lacks 'shards.0.records'" in told.text

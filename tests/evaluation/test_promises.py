@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import rounds
+from evaluation import ray_evaluate, rounds
 from evaluation.evaluate import lost
 from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import Store, open_store
-from preprocessing.shards import lost_shards
+from preprocessing.coco import read_index
+from preprocessing.shards import ShardConfig, lost_shards
+from preprocessing.synthetic import SyntheticConfig, write_set
 from tests.support.finished_run import finished_run
 from tests.support.retraining import VAL, begin_line, evaluated
+from tests.support.shard_sets import make_set
+from training.recipes.generalist import debug
 from training.run import forget_lost, open_run, read_run
 
 PATH = "train/x"
@@ -86,3 +90,26 @@ def test_a_rounds_page_is_written_again_and_nothing_is_judged_anew(tmp_path: Pat
     rounds.mend(store, path)
     assert store.read(f"{path}/compare.html") == b"2"
     assert [*store.list("champion/")] == before
+
+
+def test_the_same_command_makes_an_evaluation_whole_again(run: tuple[Store, str], tmp_path: Path, monkeypatch, caplog):
+    def here(act, arguments, report, **_):
+        found = [act(*one) for one in arguments]
+        for one in found:
+            report(one)
+        return found
+
+    monkeypatch.setattr(ray_evaluate.ray_cluster, "map_tasks", here)
+    store, path = run
+    index = read_index(write_set(tmp_path / "val", SyntheticConfig(train=2, val=1, size=(32, 40), seed=5)), "train2017")
+    val_set, trained = make_set(store, index, ShardConfig(radius=0, samples=1)), read_run(store.url, path)
+    assert trained is not None
+    report = ray_evaluate.evaluate(debug(), trained, val_set, store.url, gpus=False)
+    folder = report.url.removeprefix(f"{store.url}/").rpartition("/")[0]
+    whole = {entry.key: store.read(entry.key) for entry in store.list(f"{folder}/") if not entry.key.endswith(".html")}
+    for name in ("report.html", "report.json", "predictions/000000000001.png"):
+        store.delete(f"{folder}/{name}")
+    assert ray_evaluate.evaluate(debug(), trained, val_set, store.url, gpus=False) == report
+    assert "3 objects of it are gone" in caplog.text
+    assert store.exists(f"{folder}/report.html")
+    assert {key: store.read(key) for key in whole} == whole

@@ -116,7 +116,9 @@ def documented_above(name: str, bases: tuple[str, ...]) -> bool:
 
 
 def public(node: ast.AST) -> bool:
-    return isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")
+    if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
+        return False
+    return not any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list)
 
 
 def undocumented(path: Path) -> list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.pq import PQStats, ious, joint_labels, match, summarise, tally
+from evaluation.overlaps import overlaps_of
+from evaluation.pq import PQStats, match, summarise, tally
 from infra.errors import TesseraError
 from infra.text import quoted
 from preprocessing import rgb_ids
@@ -95,8 +96,8 @@ def score_image(truth: Entry, prediction: Entry, categories: int, doubts: list[s
     for entry in (truth, prediction):
         if entry.size and entry.size != truth_HW.shape:
             raise TesseraError(f"{entry.png}: {_px(truth_HW.shape)}, the JSON's images say {_px(entry.size)}")
-    counts = joint_labels(truth_HW, predicted_HW, truth.ids_N.size, prediction.ids_N.size)
-    found = match(counts, ious(counts), truth.category_N, prediction.category_N, truth.crowd_N)
+    overlaps = overlaps_of(truth_HW, predicted_HW, truth.ids_N.size, prediction.ids_N.size)
+    found = match(overlaps, overlaps.iou_P, truth.category_N, prediction.category_N, truth.crowd_N)
     return tally(found, truth.category_N, prediction.category_N, categories)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.overlaps import Overlaps, overlaps_of, summed, to_labels
 from evaluation.pq import (
     IOU_UNIT,
     PQStats,
@@ -18,16 +19,13 @@ from evaluation.pq import (
     Units,
     categories_of,
     crowds_of,
-    ious,
-    joint_histogram,
     match,
     pixel_counts,
-    sorted_ids,
     tally,
 )
 from infra.errors import TesseraError
 from infra.records import Count
-from preprocessing.kernels import MAX_RADIUS, UNKNOWN, relabel, squared_distance
+from preprocessing.kernels import MAX_RADIUS, UNKNOWN, squared_distance
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 
@@ -36,6 +34,38 @@ SIZE_EDGES = (8, 16, 32, 64, 128, 256)
 SIZES = len(SIZE_EDGES) + 1
 BOUNDARY_SHARE = 0.02
 """Width of a boundary's band as a share of the image's diagonal (Boundary IoU, Cheng et al., 2021)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """Pixels by true and predicted category, C + 1 being predicted void, without true void: those K that occur.
+
+    A table of all pairs would take 32 MB of 2,000 categories, for every image that is added.
+    """
+
+    categories: int
+    code_K: NDArray[np.int64]
+    """True category * (C + 1) + predicted category, ascending."""
+    pixels_K: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, categories: int, true: NDArray[Any], predicted: NDArray[Any], pixels: NDArray[Any]) -> "Confusion":
+        """Sums of pixels by true and predicted category; pairs may repeat."""
+        return cls(categories, *summed(true * (categories + 1) + predicted, pixels))
+
+    @property
+    def true_K(self) -> NDArray[np.int64]:
+        """The true category of each pair."""
+        return self.code_K // (self.categories + 1)
+
+    @property
+    def predicted_K(self) -> NDArray[np.int64]:
+        """The predicted category of each pair; C for void."""
+        return self.code_K % (self.categories + 1)
+
+    def __add__(self, other: "Confusion") -> "Confusion":
+        both = np.append(self.code_K, other.code_K), np.append(self.pixels_K, other.pixels_K)
+        return Confusion(self.categories, *summed(*both))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +85,14 @@ class Score:
     any category has with it, in units of 1 / IOU_UNIT."""
     instances: NDArray[np.int64]
     """By size, (S,): how many true instances there are."""
-    confusion: NDArray[np.int64]
-    """Pixels by true and predicted category, (C, C + 1); the last column is predicted void. Without true void."""
+    confusion: Confusion
 
     @classmethod
     def zero(cls, categories: int) -> "Score":
         """No image."""
         c, s = categories, SIZES
-        per_category, sums = PQStats.zero(c), (np.zeros(s, np.int64), np.zeros((c, c + 1), np.int64))
-        return cls(per_category, per_category, PQStats.zero(1), PQStats.zero(s * c), (0,) * s, *sums)
+        per_category, none = PQStats.zero(c), Confusion(c, *np.zeros((2, 0), np.int64))
+        return cls(per_category, per_category, PQStats.zero(1), PQStats.zero(s * c), (0,) * s, np.zeros(s, int), none)
 
     def __add__(self, other: "Score") -> "Score":
         units = tuple(a + b for a, b in zip(self.instance_iou_units, other.instance_iou_units, strict=True))
@@ -79,8 +108,8 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Lists by name; of the confusion its places that are not 0, as [true, predicted, pixels]."""
-        places = np.argwhere(self.confusion)
-        triples = [[int(t), int(p), int(self.confusion[t, p])] for t, p in places]
+        found = self.confusion
+        triples = np.stack([found.true_K, found.predicted_K, found.pixels_K], axis=1).tolist()
         stats = {name: getattr(self, name).to_json() for name in _STATS}
         units = [str(value) for value in self.instance_iou_units]
         return {
@@ -99,11 +128,10 @@ class Score:
         lengths = [*(len(part.tp) for part in stats), len(content.instance_iou_units), len(content.instances)]
         if [content.categories, *lengths] != [c, c, c, 1, SIZES * c, SIZES, SIZES]:
             raise TesseraError(f"sums of {content.categories} categories with parts of {lengths}")
-        confusion = np.zeros((c, c + 1), np.int64)
-        for true, predicted, pixels in content.confusion:
+        for true, predicted, _ in content.confusion:
             if true >= c or predicted > c:
                 raise TesseraError(f"confusions of the categories {true} and {predicted} of {c}")
-            confusion[true, predicted] = pixels
+        confusion = Confusion.of(c, *np.array(content.confusion, np.int64).reshape(-1, 3).T)
         pq, boundary, agnostic, sized = map(PQStats.from_json, stats)
         units = tuple(int(value) for value in content.instance_iou_units)
         return cls(pq, boundary, agnostic, sized, units, np.array(content.instances, np.int64), confusion)
@@ -129,16 +157,17 @@ _STATS = ("pq", "boundary", "agnostic", "sized")
 def measure_image(truth: PanopticMap, prediction: PanopticMap, labels: LabelTable, where: str = "") -> Score:
     """Everything of one image. `where` names it in errors. Raises TesseraError as `pq.pixel_counts` does."""
     c = len(labels)
-    counts = pixel_counts(truth, prediction, c, where)
-    iou_NM, crowd_N = ious(counts), crowds_of(truth.segments)
+    overlaps = pixel_counts(truth, prediction, c, where)
+    iou_P, crowd_N = overlaps.iou_P, crowds_of(truth.segments)
     category_N, category_M = categories_of(truth.segments), categories_of(prediction.segments)
-    found = match(counts, iou_NM, category_N, category_M, crowd_N)
-    size_N, size_M = _sizes(counts.sum(axis=1)[1:-1]), _sizes(counts.sum(axis=0)[1:-1])
-    lesser_NM = np.minimum(iou_NM, boundary_ious(truth, prediction))
-    at_boundary = match(counts, lesser_NM, category_N, category_M, crowd_N)
+    found = match(overlaps, iou_P, category_N, category_M, crowd_N)
+    size_N, size_M = _sizes(overlaps.area_N), _sizes(overlaps.area_M)
+    lesser_P = np.minimum(iou_P, boundary_ious(truth, prediction, overlaps))
+    at_boundary = match(overlaps, lesser_P, category_N, category_M, crowd_N)
     thing_N, thing_M = labels.is_thing[category_N], labels.is_thing[category_M]
-    as_one = match(counts, iou_NM, np.where(thing_N, 0, -1), np.where(thing_M, 0, -1), crowd_N)
-    best_N = (iou_NM * thing_M).max(axis=1, initial=0.0)
+    as_one = match(overlaps, iou_P, np.where(thing_N, 0, -1), np.where(thing_M, 0, -1), crowd_N)
+    best_N = np.zeros(category_N.size)
+    np.maximum.at(best_N, overlaps.rows_P, iou_P * thing_M[overlaps.columns_P])
     units = [0] * SIZES
     for row in np.flatnonzero(thing_N & ~crowd_N):
         units[size_N[row]] += int(best_N[row] * IOU_UNIT)
@@ -149,7 +178,7 @@ def measure_image(truth: PanopticMap, prediction: PanopticMap, labels: LabelTabl
         tally(found, size_N * c + category_N, size_M * c + category_M, SIZES * c),
         tuple(units),
         np.bincount(size_N[thing_N & ~crowd_N], minlength=SIZES),
-        _confusion(counts, category_N, category_M, c),
+        _confusion(overlaps, category_N, category_M, c),
     )
 
 
@@ -158,45 +187,52 @@ def _sizes(area_N: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _confusion(
-    counts: NDArray[np.int64], category_N: NDArray[np.int64], category_M: NDArray[np.int64], categories: int
-) -> NDArray[np.int64]:
-    by_category = np.zeros((categories, categories + 1), np.int64)
-    columns = np.append(categories, category_M)  # void first, as in counts
-    np.add.at(by_category, (category_N[:, None], columns), counts[1:-1, :-1])
-    return by_category
+    overlaps: Overlaps, category_N: NDArray[np.int64], category_M: NDArray[np.int64], categories: int
+) -> Confusion:
+    off_N = np.flatnonzero(overlaps.missed_N)
+    return Confusion.of(
+        categories,
+        np.append(category_N[overlaps.rows_P], category_N[off_N]),
+        np.append(category_M[overlaps.columns_P], np.full(off_N.size, categories)),
+        np.append(overlaps.pixels_P, overlaps.missed_N[off_N]),
+    )
 
 
-def boundary_ious(truth: PanopticMap, prediction: PanopticMap) -> NDArray[np.float64]:
-    """IoU of the bands along the inside of every pair's contours, float64 (N, M).
+def boundary_ious(truth: PanopticMap, prediction: PanopticMap, overlaps: Overlaps) -> NDArray[np.float64]:
+    """IoU of the bands along the inside of the contours of every pair that overlaps, float64 (P,).
 
     A segment's outermost pixels have a 4-neighbour in another segment, in void or outside of the image. Its band, w
     pixels wide, are those and all that lie at most w - 1 from one of them (Euclidean, as our distance maps; Cheng et
-    al. erode by squares); w is BOUNDARY_SHARE of the diagonal, rounded, from 1 to MAX_RADIUS. As in `pq.ious` the
-    prediction's pixels on void are left out of the union.
+    al. erode by squares); w is BOUNDARY_SHARE of the diagonal, rounded, from 1 to MAX_RADIUS. As in `Overlaps.iou_P`
+    the prediction's pixels on void are left out of the union.
     """
     reach = max(1, round(BOUNDARY_SHARE * hypot(*truth.size)))
-    bands = _band(truth, reach), _band(prediction, reach)
-    counts = joint_histogram(*bands, *sorted_ids(truth.segments), *sorted_ids(prediction.segments))
-    return ious(counts)
+    rows, columns = overlaps.area_N.size, overlaps.area_M.size
+    bands = overlaps_of(_band(truth, reach), _band(prediction, reach), rows, columns)
+    places = np.searchsorted(_codes(overlaps), _codes(bands))  # what overlaps in bands overlaps
+    iou_P = np.zeros(overlaps.rows_P.size)
+    iou_P[places] = bands.iou_P
+    return iou_P
 
 
-_INSIDE = -1
-"""Id of pixels that are in a segment but not in its band: it is in no table."""
 _OUTSIDE = UNKNOWN - 1
 """Label of the frame around the image, which no segment has."""
 _EACH = np.arange(UNKNOWN + 1, dtype=np.uint16)
 """Every label is a group of its own."""
 
 
-def _band(panoptic: PanopticMap, reach: int) -> NDArray[np.int32]:
-    """Ids in the bands of `reach` pixels; _INSIDE in the rest of segments; void stays void."""
-    ids_N, rows_N = sorted_ids(panoptic.segments)
-    labels_HW = relabel(np.ascontiguousarray(panoptic.ids), ids_N, rows_N.astype(np.uint16))
+def _codes(overlaps: Overlaps) -> NDArray[np.int64]:
+    return overlaps.rows_P * overlaps.area_M.size + overlaps.columns_P
+
+
+def _band(panoptic: PanopticMap, reach: int) -> NDArray[np.uint16]:
+    """Labels in the bands of `reach` pixels; UNKNOWN, which no table has, in the rest of segments; void stays void."""
+    labels_HW = to_labels(panoptic)
     framed_HW = np.pad(labels_HW, 1, constant_values=_OUTSIDE)
     radius = min(reach, MAX_RADIUS)
     d2_HW = squared_distance(framed_HW, _EACH, radius)[1:-1, 1:-1]
     near_HW = d2_HW <= (radius - 1) ** 2  # distance 0 is the first pixel of the band
-    return np.where(near_HW | (panoptic.ids == 0), panoptic.ids, np.int32(_INSIDE))
+    return np.where(near_HW | (labels_HW == 0), labels_HW, np.uint16(UNKNOWN))
 
 
 def iou_by_size(score: Score) -> list[float | None]:
@@ -213,6 +249,10 @@ def size_names() -> list[str]:
 
 def semantic_iou(score: Score) -> NDArray[np.float64]:
     """IoU of each category's pixels whatever the instances, percent, (C,); NaN where it is in neither map."""
-    hit_C = score.confusion[:, :-1].diagonal()
-    union_C = score.confusion.sum(axis=1) + score.confusion[:, :-1].sum(axis=0) - hit_C
+    found, c = score.confusion, score.confusion.categories
+    of_true_C = np.bincount(found.true_K, found.pixels_K, c)
+    of_predicted_C = np.bincount(found.predicted_K, found.pixels_K, c + 1)[:-1]
+    is_hit_K = found.true_K == found.predicted_K
+    hit_C = np.bincount(found.true_K[is_hit_K], found.pixels_K[is_hit_K], c)
+    union_C = of_true_C + of_predicted_C - hit_C
     return np.divide(100.0 * hit_C, union_C, out=np.full(len(hit_C), np.nan), where=union_C > 0)

@@ -2,7 +2,7 @@
 
 The rules are those of the COCO panoptic API, with one difference: every area is counted from the pixels,
 where the API believes the `area` of the ground truth's JSON. Axis letters: H, W rows and columns of a map;
-N rows of the ground truth's table, M rows of the prediction's; C categories (contiguous ids).
+N rows of the ground truth's table, M rows of the prediction's; P pairs of them; C categories (contiguous ids).
 """
 
 from collections import Counter
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import Field
 
+from evaluation.overlaps import Overlaps, overlaps_of, sums, to_labels
 from infra.errors import TesseraError
 from infra.records import Count
+from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment
 
@@ -136,17 +137,17 @@ def compare(truth: PanopticMap, prediction: PanopticMap, categories: int, where:
 
     `where` names the image in errors. Raises TesseraError as `pixel_counts` does.
     """
-    counts = pixel_counts(truth, prediction, categories, where)
+    overlaps = pixel_counts(truth, prediction, categories, where)
     category_N, category_M = categories_of(truth.segments), categories_of(prediction.segments)
-    found = match(counts, ious(counts), category_N, category_M, crowds_of(truth.segments))
+    found = match(overlaps, overlaps.iou_P, category_N, category_M, crowds_of(truth.segments))
     return tally(found, category_N, category_M, categories)
 
 
-def pixel_counts(truth: PanopticMap, prediction: PanopticMap, categories: int, where: str = "") -> NDArray[np.int64]:
-    """`joint_histogram` of two maps of one image.
+def pixel_counts(truth: PanopticMap, prediction: PanopticMap, categories: int, where: str = "") -> Overlaps:
+    """How two maps of one image overlap.
 
-    Raises TesseraError, naming `where`, for maps of different size, ids that are 0 or listed twice, a category
-    outside 0..categories - 1, and a predicted id found only in the pixels or only in the table.
+    Raises TesseraError, naming `where`, for maps of different size, ids that are 0 or listed twice, more segments than
+    labels, a category outside 0..categories - 1, and a predicted id found only in the pixels or only in the table.
     """
     prefix = f"{where}: " if where else ""
     if truth.size != prediction.size:
@@ -154,10 +155,10 @@ def pixel_counts(truth: PanopticMap, prediction: PanopticMap, categories: int, w
         raise TesseraError(f"{prefix}ground truth and prediction differ in size: {sizes}")
     _check_table(truth.segments, categories, f"{prefix}ground truth")
     _check_table(prediction.segments, categories, f"{prefix}prediction")
-    maps = np.ascontiguousarray(truth.ids), np.ascontiguousarray(prediction.ids)
-    counts = joint_histogram(*maps, *sorted_ids(truth.segments), *sorted_ids(prediction.segments))
-    _check_pixels(prediction, counts.sum(axis=0), f"{prefix}prediction")
-    return counts
+    maps = to_labels(truth), to_labels(prediction)
+    overlaps = overlaps_of(*maps, len(truth.segments), len(prediction.segments))
+    _check_pixels(prediction, overlaps, f"{prefix}prediction")
+    return overlaps
 
 
 def categories_of(segments: Sequence[Segment]) -> NDArray[np.int64]:
@@ -170,72 +171,9 @@ def crowds_of(segments: Sequence[Segment]) -> NDArray[np.bool_]:
     return np.array([segment.is_crowd for segment in segments], bool)
 
 
-@njit(cache=True, nogil=True)
-def joint_histogram(
-    truth_HW: NDArray[np.int32],
-    prediction_HW: NDArray[np.int32],
-    truth_ids_N: NDArray[np.int32],
-    truth_rows_N: NDArray[np.int64],
-    prediction_ids_M: NDArray[np.int32],
-    prediction_rows_M: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """Count the pixels of every pair of segments in one pass. Source: ours.
-
-    Maps: int32 ids, 0 = void, of one size, C-contiguous. *_ids: int32, ascending, without 0. *_rows: int64,
-    the row of each id, from 1. Returns int64 (N + 2, M + 2): first void, then the tables' rows, last all
-    ids that are not listed.
-    """
-    truth, prediction = truth_HW.ravel(), prediction_HW.ravel()
-    counts = np.zeros((truth_ids_N.size + 2, prediction_ids_M.size + 2), np.int64)
-    start = 0
-    for at in range(1, truth.size + 1):
-        # Runs are long, so ids are looked up once per run.
-        if at == truth.size or truth[at] != truth[at - 1] or prediction[at] != prediction[at - 1]:
-            row = _row(truth[start], truth_ids_N, truth_rows_N)
-            column = _row(prediction[start], prediction_ids_M, prediction_rows_M)
-            counts[row, column] += at - start
-            start = at
-    return counts
-
-
-@njit(cache=True, nogil=True)
-def joint_labels(
-    truth_HW: NDArray[np.uint16], prediction_HW: NDArray[np.uint16], truth_rows: int, prediction_rows: int
-) -> NDArray[np.int64]:
-    """`joint_histogram` of label maps, as rgb_ids.read_labels gives them: uint16, 0 = void, row i has the label i.
-
-    Maps of one size, C-contiguous. Larger labels are ids that are not listed. Returns int64 (N + 2, M + 2).
-    """
-    truth, prediction = truth_HW.ravel(), prediction_HW.ravel()
-    counts = np.zeros((truth_rows + 2, prediction_rows + 2), np.int64)
-    start = 0
-    for at in range(1, truth.size + 1):
-        if at == truth.size or truth[at] != truth[at - 1] or prediction[at] != prediction[at - 1]:
-            row, column = min(truth[start], truth_rows + 1), min(prediction[start], prediction_rows + 1)
-            counts[row, column] += at - start
-            start = at
-    return counts
-
-
-@njit(cache=True, nogil=True)
-def _row(value: int, sorted_ids_N: NDArray[np.int32], rows_N: NDArray[np.int64]) -> int:
-    if value == 0:
-        return 0
-    at = value - 1  # its place if the ids are 1..N, the usual case
-    if not 0 <= at < sorted_ids_N.size or sorted_ids_N[at] != value:
-        at = int(np.searchsorted(sorted_ids_N, value))
-    known = at < sorted_ids_N.size and sorted_ids_N[at] == value
-    return rows_N[at] if known else sorted_ids_N.size + 1
-
-
-def sorted_ids(segments: Sequence[Segment]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Ids in ascending order, and the row of each from 1, as `joint_histogram` takes them."""
-    ids_N = np.array([segment.id for segment in segments], np.int32)
-    order = np.argsort(ids_N)
-    return ids_N[order], order + 1
-
-
 def _check_table(segments: Sequence[Segment], categories: int, what: str) -> None:
+    if len(segments) >= UNKNOWN:
+        raise TesseraError(f"{what}: {len(segments)} segments in one image; at most {UNKNOWN - 1} fit")
     for id_, times in Counter(segment.id for segment in segments).items():
         if id_ <= 0 or times > 1:
             raise TesseraError(f"{what}: segment id {id_} is listed {times}x; ids are unique and positive")
@@ -244,13 +182,13 @@ def _check_table(segments: Sequence[Segment], categories: int, what: str) -> Non
             raise TesseraError(f"{what}: segment {segment.id} has category {segment.category} of {categories}")
 
 
-def _check_pixels(panoptic: PanopticMap, area_M: NDArray[np.int64], what: str) -> None:
-    """Refuse ids in the pixels only or in the table only; area: int64 (M + 2,) as in joint_histogram."""
+def _check_pixels(panoptic: PanopticMap, overlaps: Overlaps, what: str) -> None:
+    """Refuse ids in the pixels only or in the table only."""
     listed = [segment.id for segment in panoptic.segments]
-    if area_M[-1]:
+    if overlaps.unlisted:
         ids, areas = np.unique(panoptic.ids[~np.isin(panoptic.ids, [0, *listed])], return_counts=True)
         raise TesseraError(f"{what}: segment {ids[0]} covers {areas[0]} px but is not in the table")
-    for id_, area in zip(listed, area_M[1:-1], strict=True):
+    for id_, area in zip(listed, overlaps.area_M, strict=True):
         if area == 0:
             raise TesseraError(f"{what}: segment {id_} is in the table but covers 0 px")
 
@@ -269,32 +207,22 @@ class Matches:
     """Predicted segments that are false positives, (M,)."""
 
 
-def ious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """IoU of every pair, float64 (N, M); pixels of the prediction on void are left out of the union.
-
-    counts: int64 (N + 2, M + 2) as `joint_histogram` gives them.
-    """
-    area_N, area_M, void_M = counts.sum(axis=1)[1:-1], counts.sum(axis=0)[1:-1], counts[0, 1:-1]
-    overlap_NM = counts[1:-1, 1:-1]
-    return overlap_NM / np.maximum(area_N[:, None] + area_M - overlap_NM - void_M, 1)
-
-
 def match(
-    counts: NDArray[np.int64],
-    iou_NM: NDArray[np.float64],
+    overlaps: Overlaps,
+    iou_P: NDArray[np.float64],
     category_N: NDArray[np.int64],
     category_M: NDArray[np.int64],
     crowd_N: NDArray[np.bool_],
 ) -> Matches:
     """The rules of `compare`. A category of -1 belongs to a segment that neither matches nor is missed or false."""
-    same_NM = (category_N[:, None] == category_M) & (~crowd_N & (category_N >= 0))[:, None]
-    match_NM = same_NM & (iou_NM > 0.5)
-    rows, columns = np.nonzero(match_NM)
-    area_M, void_M = counts.sum(axis=0)[1:-1], counts[0, 1:-1]
-    excused_M = 2 * (void_M + _on_crowd(counts, category_N, category_M, crowd_N)) > area_M
-    missed_N = ~match_NM.any(axis=1) & ~crowd_N & (category_N >= 0)
-    false_M = ~match_NM.any(axis=0) & ~excused_M & (category_M >= 0)
-    return Matches(rows, columns, iou_NM[rows, columns], missed_N, false_M)
+    rows_P, columns_P = overlaps.rows_P, overlaps.columns_P
+    counts_N = ~crowd_N & (category_N >= 0)
+    match_P = (category_N[rows_P] == category_M[columns_P]) & counts_N[rows_P] & (iou_P > 0.5)
+    rows, columns = rows_P[match_P], columns_P[match_P]
+    excused_M = 2 * (overlaps.void_M + _on_crowd(overlaps, category_N, category_M, crowd_N)) > overlaps.area_M
+    missed_N, false_M = counts_N.copy(), ~excused_M & (category_M >= 0)
+    missed_N[rows], false_M[columns] = False, False
+    return Matches(rows, columns, iou_P[match_P], missed_N, false_M)
 
 
 def tally(found: Matches, slot_N: NDArray[np.int64], slot_M: NDArray[np.int64], slots: int) -> PQStats:
@@ -307,15 +235,13 @@ def tally(found: Matches, slot_N: NDArray[np.int64], slot_M: NDArray[np.int64], 
 
 
 def _on_crowd(
-    counts: NDArray[np.int64],
-    category_N: NDArray[np.int64],
-    category_M: NDArray[np.int64],
-    crowd_N: NDArray[np.bool_],
+    overlaps: Overlaps, category_N: NDArray[np.int64], category_M: NDArray[np.int64], crowd_N: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
     """Pixels of each predicted segment on the last crowd of its category; int64 (M,)."""
-    last = {int(category_N[row]): row + 1 for row in np.flatnonzero(crowd_N)}
-    on_crowd = [counts[last[c], column] if c in last else 0 for column, c in enumerate(category_M.tolist(), start=1)]
-    return np.array(on_crowd, np.int64)
+    last = {int(category_N[row]): row for row in np.flatnonzero(crowd_N)}
+    crowd_M = np.array([last.get(category, -1) for category in category_M.tolist()], np.int64)
+    on_it = overlaps.rows_P == crowd_M[overlaps.columns_P]
+    return sums(overlaps.columns_P[on_it], overlaps.pixels_P[on_it], category_M.size)
 
 
 def summarise(stats: PQStats, labels: LabelTable) -> dict[str, Any]:

@@ -161,15 +161,13 @@ def _sizes(score: Score, labels: LabelTable) -> list[dict[str, Any]]:
 
 def _confusions(score: Score, labels: LabelTable) -> list[dict[str, Any]]:
     """Shares of all true pixels, so that what costs most comes first."""
-    wrong = score.confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    total, of_truth = max(1, int(score.confusion.sum())), np.maximum(score.confusion.sum(axis=1), 1)
+    sums = score.confusion
+    total, of_truth = max(1, int(sums.pixels_K.sum())), np.bincount(sums.true_K, sums.pixels_K, sums.categories)
     names = [*labels.unique_names, "void"]
+    wrong = np.flatnonzero(sums.true_K != sums.predicted_K)
     found = []
-    for place in np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]:
-        true, predicted = np.unravel_index(place, wrong.shape)
-        pixels = int(wrong[true, predicted])
-        if pixels:
-            shares = {"of_truth": 100 * pixels / int(of_truth[true]), "of_all": 100 * pixels / total}
-            found.append({"truth": names[true], "predicted": names[predicted], **shares})
+    for at in wrong[np.argsort(-sums.pixels_K[wrong], kind="stable")[:_CONFUSIONS]]:
+        true, predicted, pixels = int(sums.true_K[at]), int(sums.predicted_K[at]), int(sums.pixels_K[at])
+        shares = {"of_truth": 100 * pixels / int(of_truth[true]), "of_all": 100 * pixels / total}
+        found.append({"truth": names[true], "predicted": names[predicted], **shares})
     return found

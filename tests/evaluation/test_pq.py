@@ -6,14 +6,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation import overlaps
 from evaluation.pq import IOU_UNIT, PQStats, StatsRecord, compare, summarise
 from infra import records
 from infra.errors import TesseraError
 from preprocessing.labels import Category, LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment
+from tests.support.hostile import little_memory
 
 
 def listed(ids, category=0, crowd=False):
@@ -171,3 +173,28 @@ def test_bad_ground_truth_is_refused(rows):
     truth = PanopticMap(np.array([[7]], np.int32), tuple(rows))
     with pytest.raises(TesseraError, match=r"^ground truth: segment"):
         compare(truth, listed([[7]]), 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_many_segments_are_counted_by_their_runs_with_the_same_result(seed):
+    """Pairs beyond the table of all pairs, and in several parts, against that table."""
+    rng = np.random.default_rng(seed)
+    truth, prediction = (rng.integers(0, 12, (9, 50)).astype(np.uint16).repeat(3, 1) for _ in range(2))
+    rows = [int(n) for n in rng.integers(0, 12, 2)]
+    whole = overlaps.overlaps_of(truth, prediction, *rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlaps, "_DENSE", 0)
+        patch.setattr(overlaps, "_AT_ONCE", 100)
+        parts = overlaps.overlaps_of(truth, prediction, *rows)
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(getattr(parts, name), value)
+
+
+def test_as_many_segments_as_fit_take_memory_by_what_overlaps():
+    """65,000 by 65,000: a table of all pairs would have 34 GB."""
+    ids = (np.arange(65_000, dtype=np.int32) + 1).reshape(100, 650).repeat(2, 1)
+    table = tuple(Segment(int(i), 0, True) for i in range(1, 65_001))
+    with little_memory():
+        found = compare(PanopticMap(ids, table), PanopticMap(np.roll(ids, 1, 1), table), 1)
+    assert (int(found.tp[0]), int(found.fp[0]), int(found.fn[0])) == (0, 65_000, 65_000)

@@ -16,6 +16,7 @@ from evaluation.summary import summary_of
 from infra.errors import TesseraError
 from preprocessing.labels import Category, LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment
+from tests.evaluation.test_measures import dense
 from tests.evaluation.test_pq_truth import LABELS, random_pair
 
 GROUPS = ["all", "things", "stuff"]
@@ -109,7 +110,7 @@ def test_sizes_add_up_to_all_instances_and_agnostic_is_a_pq(seed, images):
 @RANDOM
 def test_confusions_come_with_the_most_pixels_first_and_none_is_missing(seed, images):
     scores = random_scores(seed, images)
-    found, confusion = summary_of(scores, LABELS)["confusions"], scores.score.confusion
+    found, confusion = summary_of(scores, LABELS)["confusions"], dense(scores.score.confusion)
     names = [*LABELS.names, "void"]
     wrong = {
         (names[t], names[p]): confusion[t, p] for t, p in np.argwhere(confusion).tolist() if t != p

@@ -135,7 +135,7 @@ def test_data_with_other_categories_are_refused_with_the_difference(run, data, t
     content["categories"][2]["name"] = "tram"
     (tmp_path / listed).write_text(json.dumps(content))
     with pytest.raises(
-        TesseraError, match=r"val2017 lists other categories than .* knows:  4 'tram' \(thing\) against 4 'triangle'"
+        TesseraError, match=r"val2017 lists other categories than .* knows: 4 'tram' \(thing\) against 4 'triangle'"
     ):
         check_job.fn(Evaluate(run=run, data=str(tmp_path)))
 

@@ -11,7 +11,7 @@ from infra.store import open_store
 from infra.text import shown
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture, panoptic_overlay
-from preprocessing.sample import Sample, decode_image, from_fields
+from preprocessing.sample import Sample, from_fields
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardSet, read_set
 from training.methods.base import Method
@@ -43,7 +43,7 @@ class ValCheck:
         stats, panels = PQStats.zero(len(method.labels)), dict[str, Picture]()
         for start in range(0, len(mine), method.images_at_once):
             samples = mine[start : start + method.images_at_once]
-            pictures = [decode_image(sample.image) for sample in samples]
+            pictures = [sample.decoded() for sample in samples]
             outputs = method.predict(method.inputs(pictures))
             found = method.decode(outputs, [sample.panoptic.size for sample in samples])
             for i, (sample, picture, prediction) in enumerate(zip(samples, pictures, found, strict=True), start):

@@ -26,7 +26,7 @@ from preprocessing.geometry import Size
 from preprocessing.json_values import flag, image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
-from preprocessing.opening import BROKEN
+from preprocessing.opening import BROKEN, within_memory
 from preprocessing.source import BadSample, known_size
 from preprocessing.tree import Folder
 
@@ -226,12 +226,13 @@ def _row(row: dict[str, Any], png: File, labels: LabelTable) -> tuple[int, int, 
 def _read_png(entry: Entry, doubts: list[str]) -> NDArray[np.uint16]:
     """Labels of an entry's PNG, whose segments are those of the JSON."""
     try:
-        data = entry.png.read()
-        labels_HW, (area_N, *_) = rgb_ids.read_labels(data, entry.ids_N)
-        if int(area_N.sum()) != labels_HW.size:
-            ids = np.unique(rgb_ids.read_png(data)[labels_HW == UNKNOWN])
-            covered = f"{(labels_HW == UNKNOWN).sum()} px have ids that are not in the JSON"
-            raise TesseraError(f"{entry.png}: {covered}: {', '.join(map(str, ids[:5]))}")
+        with within_memory(str(entry.png)):
+            data = entry.png.read()
+            labels_HW, (area_N, *_) = rgb_ids.read_labels(data, entry.ids_N)
+            if int(area_N.sum()) != labels_HW.size:
+                ids = np.unique(rgb_ids.read_png(data)[labels_HW == UNKNOWN])
+                covered = f"{(labels_HW == UNKNOWN).sum()} px have ids that are not in the JSON"
+                raise TesseraError(f"{entry.png}: {covered}: {', '.join(map(str, ids[:5]))}")
     except BROKEN as error:
         raise TesseraError(f"{entry.png}: not a readable panoptic PNG ({error})") from error
     empty = entry.ids_N[area_N[1:] == 0]

@@ -119,7 +119,7 @@ def evaluate_shard(job: EvalJob) -> ShardScore:
     total, by_image, annotations = Score.zero(len(job.labels)), dict[int, PQStats](), list[dict[str, Any]]()
     names = dict[int, str]()
     for samples in load_samples(job.store_url, job.shard, method.images_at_once):
-        outputs = method.predict(method.inputs([decode_image(sample.image) for sample in samples]))
+        outputs = method.predict(method.inputs([sample.decoded() for sample in samples]))
         predictions = method.decode(outputs, [sample.panoptic.size for sample in samples])
         for sample, prediction in zip(samples, predictions, strict=True):
             where = f"image {sample.image_id} ({shown(sample.file_name)})"

@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 
 from infra.errors import TesseraError
 from preprocessing import image_file
-from preprocessing.opening import BROKEN, FORMATS
+from preprocessing.opening import BROKEN, FORMATS, within_memory
 from preprocessing.pictures import Picture
 
 _READ = "jpg jpeg jpe jfif mpo png webp tif tiff gif bmp ppm pgm pbm pnm jp2 j2k avif"
@@ -38,11 +38,12 @@ def read_image(data: bytes, upright: bool = True) -> UserImage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata; the pixels are checked
         try:
-            found = image_file.read_image(data, upright)
+            with within_memory():
+                found = image_file.read_image(data, upright)
+                return UserImage(np.asarray(found.rgb), tuple(note.text for note in found.notes))
         except UnidentifiedImageError as error:
             raise TesseraError(f"no image of a kind that is read here: {', '.join(FORMATS)}") from error
         except Image.DecompressionBombError as error:
             raise TesseraError(f"more pixels than the {Image.MAX_IMAGE_PIXELS} that are read") from error
         except BROKEN as error:
             raise TesseraError(f"a damaged image ({error})") from error
-    return UserImage(np.asarray(found.rgb), tuple(note.text for note in found.notes))

@@ -1,7 +1,8 @@
 """A finished run at work on anybody's pictures: no shards, no Ray, no Prefect."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from evaluation.images import UserImage, read_image
 from infra.errors import TesseraError
 from preprocessing.labels import LabelTable
+from preprocessing.opening import within_memory
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.pictures import Picture, overlay_at
 from training.methods.base import Method
@@ -81,7 +83,14 @@ class Predictor:
         return self.batch([read_image(image)])[0]
 
     def batch(self, images: Sequence[UserImage]) -> list[Prediction]:
-        """As many at once as the method takes. Raises TesseraError where the network's output is not finite."""
+        """As many at once as the method takes.
+
+        Raises TesseraError where the network's output is not finite, and where the memory does not suffice.
+        """
+        with _within_torchs_memory():
+            return self._predictions(images)
+
+    def _predictions(self, images: Sequence[UserImage]) -> list[Prediction]:
         maps: list[PanopticMap] = []
         for start in range(0, len(images), self.method.images_at_once):
             pictures = [image.rgb_HW3 for image in images[start : start + self.method.images_at_once]]
@@ -119,6 +128,18 @@ class Predictor:
             "run trained long enough, and on images like this one?"
         )
         return f"no segment; decoded with {used}; {hint}"
+
+
+@contextmanager
+def _within_torchs_memory() -> Iterator[None]:
+    """As `within_memory`, also for what torch raises on a GPU and on a CPU."""
+    with within_memory():
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise MemoryError from error
+            raise
 
 
 def _device(name: str | None) -> torch.device:

@@ -25,6 +25,7 @@ from infra.opening import check_size
 from infra.store import Store, open_store
 from infra.text import shown
 from preprocessing.labels import LabelTable
+from preprocessing.opening import NoMemory, within_memory
 from preprocessing.source import stable_id
 
 CHUNK = 32
@@ -84,7 +85,10 @@ def predict_chunk(work: Work, items: Sequence[Item], device: str | None) -> Outc
     for batch in _batches(work, todo, failed):
         for item, prediction in _predicted(work, batch, device, failed):
             try:
-                fresh.append(_write(output, work, item, prediction))
+                with within_memory():
+                    fresh.append(_write(output, work, item, prediction))
+            except NoMemory as error:
+                failed.append(Failure(item.name, str(error)))
             except StoreError as error:
                 if not _of_its_name(error):
                     raise
@@ -118,7 +122,8 @@ def _batches(work: Work, items: Sequence[Item], failed: list[Failure]) -> Iterat
     for item in items:
         try:
             check_size(item.bytes)
-            image = read_image(source.read(item.name), work.upright)
+            with within_memory():
+                image = read_image(source.read(item.name), work.upright)
             _check_shape(item, image)
         except (OSError, TesseraError) as error:
             failed.append(Failure(item.name, str(error)))

@@ -12,7 +12,6 @@ from infra import artifacts
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing.panoptic_map import PanopticMap
-from preprocessing.sample import decode_image
 from preprocessing.shards import ShardSet
 from training.methods.base import Method, Outputs
 from training.recipe import Recipe
@@ -84,7 +83,7 @@ def _look(method: Method, store_url: str, val_set: ShardSet, images: int) -> Ite
         if not left:
             return
         taken = samples[:left]
-        outputs = method.predict(method.inputs([decode_image(sample.image) for sample in taken]))
+        outputs = method.predict(method.inputs([sample.decoded() for sample in taken]))
         yield _Seen(outputs, tuple(sample.panoptic for sample in taken))
         left -= len(taken)
 

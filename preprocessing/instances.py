@@ -1,7 +1,6 @@
 """Instance masks over a semantic map: how both are merged, and COCO's detection JSON with semantic PNGs."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -16,9 +15,9 @@ from preprocessing import rle
 from preprocessing.files import File, leads_outside
 from preprocessing.geometry import Size
 from preprocessing.json_values import image_key, is_crowd, whole
-from preprocessing.kernels import UNKNOWN
+from preprocessing.kernels import UNKNOWN, paint_runs
 from preprocessing.labels import LabelTable
-from preprocessing.paired import GRAY, find_folder, make_index, read_png, wrong_values
+from preprocessing.paired import GRAY, find_folder, look_up, make_index, occurring, read_png, wrong_values
 from preprocessing.panoptic_map import PanopticMap, Segment, measured
 from preprocessing.source import BadSample, Defect, Index, Record, Rejected, known_id, known_size
 from preprocessing.tree import Folder, Tree
@@ -29,7 +28,7 @@ _VOID = 255
 _VALUES = 1 << 16
 """Of 16-bit gray."""
 _MOST_PIXELS = 1 << 33
-"""Of all masks of an image together, a byte each while they are merged."""
+"""Of all masks of an image together: overlapping ones are painted over one another, which takes its time."""
 
 
 class Instance(NamedTuple):
@@ -39,6 +38,14 @@ class Instance(NamedTuple):
     """The data set's own id, of a thing."""
     mask_HW: NDArray[np.bool_]
     is_crowd: bool = False
+
+
+class Outlined(NamedTuple):
+    """The same, its mask as run lengths: many of them do not fill the memory."""
+
+    category: int
+    runs: rle.Runs
+    is_crowd: bool
 
 
 def from_instances_and_semantics(
@@ -72,7 +79,7 @@ def from_instances_and_semantics(
         raise TesseraError(str(problem)) from problem
 
 
-def _checked(instance: Instance, semantic_HW: NDArray[np.integer[Any]], number: int, labels: LabelTable) -> Instance:
+def _checked(instance: Instance, semantic_HW: NDArray[np.integer[Any]], number: int, labels: LabelTable) -> Outlined:
     mask_HW = instance.mask_HW
     if mask_HW.shape != semantic_HW.shape or mask_HW.dtype != np.bool_:
         expected = f"bool {semantic_HW.shape} as the semantics have it"
@@ -81,7 +88,7 @@ def _checked(instance: Instance, semantic_HW: NDArray[np.integer[Any]], number: 
         _thing(instance.category, labels)
     except BadSample as problem:
         raise TesseraError(f"instance {number}: {problem}") from problem
-    return instance
+    return Outlined(instance.category, rle.encode(mask_HW), bool(instance.is_crowd))
 
 
 def _thing(category: Any, labels: LabelTable) -> int:
@@ -96,22 +103,24 @@ def _thing(category: Any, labels: LabelTable) -> int:
 
 
 def _painted(
-    semantic_HW: NDArray[np.int32], instances: Sequence[Instance], labels: LabelTable
+    semantic_HW: NDArray[np.int32], instances: Sequence[Outlined], labels: LabelTable
 ) -> tuple[NDArray[np.uint16], list[Segment]]:
     """Labels and measured segments, instances first; those that are covered have the area 0.
 
     semantic_HW: contiguous id + 1, 0 = void. Raises BadSample for more instances than labels.
     """
-    stuff = [int(c) - 1 for c in np.flatnonzero(np.bincount(semantic_HW.ravel())) if c and not labels.is_thing[c - 1]]
+    stuff = [int(c) - 1 for c in occurring(semantic_HW) if c and not labels.is_thing[c - 1]]
     if len(instances) + len(stuff) >= UNKNOWN:
         raise BadSample(f"{len(instances)} instances in one image; at most {UNKNOWN - 1 - len(stuff)} fit")
     label_N = np.zeros(len(labels) + 1, np.uint16)
     label_N[np.array(stuff, int) + 1] = len(instances) + 1 + np.arange(len(stuff))
-    labels_HW = label_N[semantic_HW]
-    areas = [int(np.count_nonzero(instance.mask_HW)) for instance in instances]
+    labels_HW = look_up(label_N, semantic_HW)
+    areas = [rle.area(instance.runs) for instance in instances]
+    if sum(areas) > _MOST_PIXELS:
+        raise BadSample(f"{len(areas)} masks cover {sum(areas)} pixels of one image, at most {_MOST_PIXELS} are read")
     for i in sorted(range(len(instances)), key=lambda i: (not instances[i].is_crowd, -areas[i], i)):
-        labels_HW[instances[i].mask_HW] = i + 1
-    segments = [Segment(0, labels.contiguous[i.category], True, bool(i.is_crowd)) for i in instances]
+        paint_runs(labels_HW, instances[i].runs, i + 1)
+    segments = [Segment(0, labels.contiguous[i.category], True, i.is_crowd) for i in instances]
     segments += [Segment(0, category, False) for category in stuff]
     return labels_HW, measured(labels_HW, segments)
 
@@ -120,7 +129,7 @@ def _without_empty(labels_HW: NDArray[np.uint16], segments: Sequence[Segment]) -
     kept = [segment for segment in segments if segment.area]
     renumber_N = np.zeros(len(segments) + 1, np.int32)
     renumber_N[[segment.id for segment in kept]] = np.arange(1, len(kept) + 1)
-    return PanopticMap(renumber_N[labels_HW], tuple(replace(s, id=i) for i, s in enumerate(kept, start=1)))
+    return PanopticMap(look_up(renumber_N, labels_HW), tuple(replace(s, id=i) for i, s in enumerate(kept, start=1)))
 
 
 @dataclass(frozen=True)
@@ -174,20 +183,17 @@ class InstancesRecord(Record):
         for dataset_id, contiguous in labels.contiguous.items():
             if 0 < dataset_id < _VALUES:
                 label_N[dataset_id] = contiguous + 1
-        semantic_HW = label_N[ids_HW]
+        semantic_HW = look_up(label_N, ids_HW)
         unknown_HW = (semantic_HW == 0) & (ids_HW != 0) & (ids_HW != _VOID)
         defects += wrong_values(self, ids_HW, unknown_HW, "the category {} is unknown".format, self.semantic)
         return semantic_HW
 
     def _instances(
         self, size: Size, labels: LabelTable, defects: list[Defect]
-    ) -> tuple[list[dict[str, Any]], list[Instance]]:
-        """Rows and masks of the annotations that can be understood. BadSample if they would not fit into memory."""
+    ) -> tuple[list[dict[str, Any]], list[Outlined]]:
+        """Rows and masks of the annotations that can be understood."""
         rows, instances = [], []
-        listed = json.loads(self.annotations)
-        if len(listed) * math.prod(size) > _MOST_PIXELS:
-            raise BadSample(f"{len(listed)} masks of {size[1]}x{size[0]} pixels are too many for one image")
-        for row in listed:
+        for row in json.loads(self.annotations):
             try:
                 instances.append(_instance(row, size, labels))
             except (BadSample, ValueError) as problem:
@@ -198,11 +204,11 @@ class InstancesRecord(Record):
         return rows, instances
 
 
-def _instance(row: dict[str, Any], size: Size, labels: LabelTable) -> Instance:
+def _instance(row: dict[str, Any], size: Size, labels: LabelTable) -> Outlined:
     category, crowd = _thing(row.get("category_id"), labels), is_crowd(row)
     if crowd is None:
         raise BadSample(f"iscrowd is {quoted(row['iscrowd'])}, expected 0 or 1")
-    return Instance(labels.categories[category].dataset_id, rle.decode(row.get("segmentation"), size), crowd)
+    return Outlined(labels.categories[category].dataset_id, rle.runs_of(row.get("segmentation"), size), crowd)
 
 
 def read_index(root: str | Path, split: str) -> Index:

@@ -45,6 +45,23 @@ def relabel(
 
 
 @njit(cache=True, nogil=True)
+def paint_runs(labels_HW: NDArray[np.uint16], runs_N: NDArray[np.int64], label: int) -> None:
+    """Give a mask's pixels a label, in place. runs_N: lengths down the columns, outside and inside by turns."""
+    height = labels_HW.shape[0]
+    start = 0
+    for i in range(runs_N.size):
+        x, y = start // height, start % height
+        start += runs_N[i]
+        if i % 2 == 0:
+            continue
+        for _ in range(runs_N[i]):
+            labels_HW[y, x] = label
+            y += 1
+            if y == height:
+                x, y = x + 1, 0
+
+
+@njit(cache=True, nogil=True)
 def measure(labels_HW: NDArray[np.uint16], segments: int) -> Measures:
     """Areas, boxes and centroids of all segments in one pass.
 

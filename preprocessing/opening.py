@@ -2,8 +2,12 @@
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
+
+from infra.errors import TesseraError
 
 # No others: Pillow runs Ghostscript for EPS, and its rarer readers are written for friendly files.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
@@ -21,6 +25,24 @@ BROKEN = (
     RuntimeError,
     Image.DecompressionBombError,
 )
+
+MOST_BYTES_A_PIXEL = 32
+"""Of memory that reading one sample, whatever its image and masks hold, may take besides its files. A test holds it."""
+
+
+class NoMemory(TesseraError):
+    """One sample does not fit into memory: its own fault, not that of all."""
+
+
+@contextmanager
+def within_memory(named: str = "") -> Iterator[None]:
+    """Raises NoMemory in the place of MemoryError, saying what a sample may take. named: what is read."""
+    try:
+        yield
+    except MemoryError as error:
+        most, size = Image.MAX_IMAGE_PIXELS or 0, f"{MOST_BYTES_A_PIXEL} bytes a pixel"
+        room = f"up to {most} pixels are read, which takes up to {size}, {most * MOST_BYTES_A_PIXEL >> 20} MiB"
+        raise NoMemory(f"{named}{': ' if named else ''}there is not enough memory for it ({room})") from error
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:

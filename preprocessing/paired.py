@@ -121,20 +121,24 @@ class Found(NamedTuple):
 def most_frequent(values_HW: NDArray[Any], wanted_HW: NDArray[np.bool_]) -> tuple[list[Found], int]:
     """The most frequent values of the wanted pixels, of equally frequent ones the smaller first; how many others.
 
-    Memory: 6 bytes a pixel, and 16 for each value.
+    Memory: 5 bytes a wanted pixel, and 12 for each value.
     """
     values_N = values_HW[wanted_HW]
     values_N.sort()
-    starts = np.flatnonzero(np.append(True, values_N[1:] != values_N[:-1]))
-    counts = np.diff(starts, append=len(values_N))
+    is_new_N = np.ones(values_N.size, np.bool_)
+    np.not_equal(values_N[1:], values_N[:-1], out=is_new_N[1:])
+    starts = np.flatnonzero(is_new_N).astype(np.int32)
+    counts = np.diff(starts, append=np.int32(values_N.size))
     found = []
-    for at in np.argsort(-counts, kind="stable")[:_NAMED]:
-        value = values_N[starts[at]]
+    for _ in range(min(_NAMED, len(counts))):
+        at = np.argmax(counts)
+        value, pixels = values_N[starts[at]], int(counts[at])
+        counts[at] = 0
         for rows in blocks(values_HW.shape):
             places = np.flatnonzero((values_HW[rows] == value) & wanted_HW[rows])
             if places.size:
                 y, x = divmod(int(places[0]), values_HW.shape[1])
-                found.append(Found(int(value), int(counts[at]), x, rows.start + y))
+                found.append(Found(int(value), pixels, x, rows.start + y))
                 break
     return found, len(starts) - len(found)
 

@@ -1,4 +1,8 @@
-"""Instance masks as COCO's detection JSON writes them: polygons, run lengths, compressed run lengths."""
+"""Instance masks as COCO's detection JSON writes them: polygons, run lengths, compressed run lengths.
+
+Here a mask is its run lengths, int64 (N,): down the columns, outside and inside by turns, all pixels together. So many
+masks of one image take no more than their outlines do.
+"""
 
 from typing import Any
 
@@ -12,8 +16,11 @@ _MAX_BITS = 40
 """No count of an image needs more."""
 
 
-def decode(segmentation: Any, size: Size) -> NDArray[np.bool_]:
-    """One annotation's `segmentation` -> bool (H, W) of `size`; several polygons are united, none is an empty mask.
+Runs = NDArray[np.int64]
+
+
+def runs_of(segmentation: Any, size: Size) -> Runs:
+    """One annotation's `segmentation` on an image of `size`; several polygons are united, none is an empty mask.
 
     ValueError with what is wrong and what was expected. All is checked before pycocotools rasterises polygons,
     which trusts what it is given; run lengths never get there.
@@ -25,7 +32,20 @@ def decode(segmentation: Any, size: Size) -> NDArray[np.bool_]:
     if segmentation.get("size") != list(size):
         raise ValueError(f"the RLE's size is {segmentation.get('size')}, expected {list(size)} (height, width)")
     counts = segmentation.get("counts")
-    return _from_counts(unpack(counts) if isinstance(counts, str) else counts, size)
+    return _checked_counts(unpack(counts) if isinstance(counts, str) else counts, size)
+
+
+def encode(mask_HW: NDArray[np.bool_]) -> Runs:
+    """A mask, bool (H, W), as its run lengths."""
+    inside_N = mask_HW.ravel(order="F")
+    changes = np.flatnonzero(inside_N[1:] != inside_N[:-1]) + 1
+    counts = np.diff(changes, prepend=0, append=inside_N.size)
+    return np.insert(counts, 0, 0) if inside_N[:1].any() else counts
+
+
+def area(runs: Runs) -> int:
+    """Pixels inside."""
+    return int(runs[1::2].sum())
 
 
 def unpack(text: str) -> list[int]:
@@ -52,8 +72,7 @@ def unpack(text: str) -> list[int]:
     return counts
 
 
-def _from_counts(counts: Any, size: Size) -> NDArray[np.bool_]:
-    """Lengths of runs down the columns, which are outside and inside by turns."""
+def _checked_counts(counts: Any, size: Size) -> Runs:
     read = [whole(count) for count in counts] if isinstance(counts, list) else [None]
     counts = [count for count in read if count is not None and count >= 0]
     if len(counts) < len(read):
@@ -62,8 +81,7 @@ def _from_counts(counts: Any, size: Size) -> NDArray[np.bool_]:
         raise ValueError(
             f"the RLE's counts add up to {sum(counts)}, expected {size[0] * size[1]} = {size[0]} * {size[1]}"
         )
-    inside_N = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return np.ascontiguousarray(inside_N.reshape(size[1], size[0]).T)
+    return np.array(counts, np.int64)
 
 
 def _checked(polygon: Any, size: Size) -> list[float]:
@@ -79,10 +97,10 @@ def _checked(polygon: Any, size: Size) -> list[float]:
     return [float(number) for number in polygon]
 
 
-def _from_polygons(polygons: list[list[float]], size: Size) -> NDArray[np.bool_]:
+def _from_polygons(polygons: list[list[float]], size: Size) -> Runs:
     from pycocotools import mask as coco_mask
 
     if not polygons:
-        return np.zeros(size, np.bool_)
+        return np.array([size[0] * size[1]])
     united = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-    return np.ascontiguousarray(coco_mask.decode(united), np.bool_)
+    return _checked_counts(unpack(united["counts"].decode()), size)

@@ -18,7 +18,7 @@ from preprocessing.geometry import PADDING, Frame, Size, resize_labels
 from preprocessing.image_file import read_image
 from preprocessing.kernels import squared_distance
 from preprocessing.labels import LabelTable
-from preprocessing.opening import BROKEN
+from preprocessing.opening import BROKEN, within_memory
 from preprocessing.panoptic_map import PanopticMap, Segment, visible
 from preprocessing.source import Record, usable
 
@@ -53,6 +53,13 @@ class Sample:
     def panoptic(self) -> PanopticMap:
         """The ground truth of this grid."""
         return PanopticMap(self.labels.astype(np.int32), self.segments)
+
+    def decoded(self) -> NDArray[np.uint8]:
+        """Its image, uint8 RGB (H, W, 3). TesseraError, naming it, as `decode_image`."""
+        try:
+            return decode_image(self.image)
+        except TesseraError as error:
+            raise TesseraError(f"image {self.image_id}, {self.file_name}: {error}") from error
 
 
 def make_sample(record: Record, labels: LabelTable, grid: Size | None, radius: int) -> Sample:
@@ -108,7 +115,8 @@ def decode_image(data: bytes, grid: Size | None = None) -> NDArray[np.uint8]:
     As `read_image` reads it, EXIF rotation ignored. TesseraError for what is no image, or too large.
     """
     try:
-        return to_rgb(read_image(data).rgb, grid)
+        with within_memory("the image"):
+            return to_rgb(read_image(data).rgb, grid)
     except BROKEN as error:
         raise TesseraError(f"not a readable image ({error}); run precompute again if it is in a shard") from error
 
@@ -149,7 +157,8 @@ def to_fields(sample: Sample) -> dict[str, bytes]:
 def from_fields(fields: Mapping[str, bytes]) -> Sample:
     """Inverse of `to_fields`. TesseraError for fields that it cannot have made."""
     try:
-        return _from_facts(json.loads(fields["json"]), fields)
+        with within_memory("a sample"):
+            return _from_facts(json.loads(fields["json"]), fields)
     except BROKEN as error:
         told = f"{type(error).__name__}: {error}"
         raise TesseraError(

@@ -23,6 +23,7 @@ from infra.store import Store, open_store
 from preprocessing.geometry import Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import LabelTable
+from preprocessing.opening import NoMemory, within_memory
 from preprocessing.sample import SCHEMA_VERSION, make_sample, to_fields
 from preprocessing.source import BadSample, Index, Origin, Record, Rejected, TooManyBad
 
@@ -206,11 +207,12 @@ def compute_shard(store_url: str, job: ShardJob) -> Shard:
     with wds.TarWriter(buffer, mtime=0) as tar:  # a fixed time makes the bytes depend on the samples only
         for record in job.records:
             try:
-                sample = make_sample(record, job.labels, job.config.grid, job.config.radius)
-            except BadSample as problem:
+                with within_memory():
+                    fields = to_fields(make_sample(record, job.labels, job.config.grid, job.config.radius))
+            except (BadSample, NoMemory) as problem:
                 rejected.append(Rejected(record.image_id, str(record.image), str(problem)))
                 continue
-            tar.write({"__key__": f"{record.image_id:012d}", **to_fields(sample)})
+            tar.write({"__key__": f"{record.image_id:012d}", **fields})
             image_ids.append(record.image_id)
     data = buffer.getvalue() if image_ids else b""
     made_from = tuple(record.image_id for record in job.records)

@@ -17,7 +17,7 @@ from preprocessing.geometry import Size
 from preprocessing.image_file import read_image
 from preprocessing.json_values import whole
 from preprocessing.labels import LabelTable
-from preprocessing.opening import BROKEN
+from preprocessing.opening import BROKEN, NoMemory, within_memory
 from preprocessing.panoptic_map import PanopticMap
 
 
@@ -131,6 +131,13 @@ class Record(ABC):
 
     def examine(self, labels: LabelTable) -> Examined:
         """Read everything and say all that is wrong with it."""
+        try:
+            with within_memory():
+                return self._examined(labels)
+        except NoMemory as error:
+            return Examined(b"", None, None, (self.defect(str(error), self.image),))
+
+    def _examined(self, labels: LabelTable) -> Examined:
         defects: list[Defect] = []
         data, picture = self._read_image(defects)
         truth = self.read_truth(labels, defects)

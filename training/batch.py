@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from preprocessing.panoptic_map import Segment
-from preprocessing.sample import Sample, decode_image
+from preprocessing.sample import Sample
 
 VOID = -1
 """Category of pixels that belong to no segment."""
@@ -84,8 +84,8 @@ class Example:
 
     @classmethod
     def of(cls, key: str, sample: Sample) -> "Example":
-        """A sample with its image decoded. Raises what `decode_image` does."""
-        return cls(key, decode_image(sample.image), sample.labels, sample.d2, sample.segments)
+        """A sample with its image decoded. Raises what `Sample.decoded` does."""
+        return cls(key, sample.decoded(), sample.labels, sample.d2, sample.segments)
 
     def flipped(self) -> "Example":
         """Mirrored left to right; stored targets stay exact."""

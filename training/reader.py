@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from infra.errors import TesseraError
 from infra.store import open_store
+from preprocessing.opening import within_memory
 from preprocessing.sample import from_fields
 from preprocessing.shard_reading import read_shard_samples
 from preprocessing.shards import Shard, ShardSet
@@ -122,12 +123,13 @@ class BatchStream(IterableDataset[Batch]):
     def _example(self, fields: dict[str, bytes], epoch: int) -> Example:
         sample = from_fields(fields)
         rng = np.random.default_rng([self.seed, epoch, sample.image_id])
-        example = Example.of(f"{sample.image_id:012d}", sample)
-        if rng.random() < 0.5 and self.config.flip:
-            example = example.flipped()
-        if self.config.crop is None:
-            return example
-        return cropped(example, self.config.crop, rng, self.radius)  # last, so that padding stays where it is
+        with within_memory(f"image {sample.image_id}, {sample.file_name}"):
+            example = Example.of(f"{sample.image_id:012d}", sample)
+            if rng.random() < 0.5 and self.config.flip:
+                example = example.flipped()
+            if self.config.crop is None:
+                return example
+            return cropped(example, self.config.crop, rng, self.radius)  # last, so that padding stays where it is
 
 
 def epoch_part(

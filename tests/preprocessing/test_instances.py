@@ -17,7 +17,7 @@ from preprocessing import layouts, rle
 from preprocessing.instances import Instance, from_instances_and_semantics, read_index
 from preprocessing.panoptic_map import PanopticMap
 from preprocessing.source import BadSample, Defect, Index, read_sample
-from tests.support.instance_maps import CAT, CATEGORIES, DOG, LABELS, SIZE, SKY, box, counts_of, rows_of
+from tests.support.instance_maps import CAT, CATEGORIES, DOG, LABELS, SIZE, SKY, box, counts_of, dense, rows_of
 
 BAD_SEGMENTATIONS = [
     ({"size": [8, 6], "counts": [48]}, "the RLE's size is [8, 6], expected [6, 8]"),
@@ -111,7 +111,7 @@ def detections(tmp_path: Path) -> Detections:
 
 
 def test_a_sample_is_what_its_arrays_would_give(detections: Detections):
-    instances = [Instance(c, rle.decode(s, SIZE), bool(crowd)) for c, s, crowd in ANNOTATIONS]
+    instances = [Instance(c, dense(rle.runs_of(s, SIZE), SIZE), bool(crowd)) for c, s, crowd in ANNOTATIONS]
     expected = from_instances_and_semantics(SEMANTIC, instances, LABELS)
     assert np.array_equal(detections.truth().ids, expected.ids)
     assert detections.truth().segments == expected.segments

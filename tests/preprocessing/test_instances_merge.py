@@ -11,7 +11,7 @@ from infra.errors import TesseraError
 from preprocessing import rle
 from preprocessing.instances import Instance, from_instances_and_semantics
 from preprocessing.labels import LabelTable
-from tests.support.instance_maps import CAT, DOG, LABELS, SEA, SIZE, SKY, box, counts_of, rows_of
+from tests.support.instance_maps import CAT, DOG, LABELS, SEA, SIZE, SKY, box, counts_of, dense, rows_of
 
 # ---- merging arrays
 
@@ -129,15 +129,18 @@ def test_what_cannot_be_merged_is_refused(semantic: np.ndarray, instances: list,
 def test_both_rles_are_decoded(mask: np.ndarray):
     size, packed = list(mask.shape), coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     for counts in (counts_of(mask), packed):
-        decoded = rle.decode({"size": size, "counts": counts}, mask.shape)
-        assert decoded.flags.c_contiguous
-        assert np.array_equal(decoded, mask)
+        runs = rle.runs_of({"size": size, "counts": counts}, mask.shape)
+        assert np.array_equal(dense(runs, mask.shape), mask)
+        assert rle.area(runs) == np.count_nonzero(mask)
+        assert np.array_equal(runs, rle.encode(mask))
 
 
 @given(hnp.arrays(bool, st.sampled_from([(700, 900), (1, 100000)]), elements=st.booleans(), fill=st.booleans()))
 def test_long_runs_are_decoded(mask: np.ndarray):
     packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    assert np.array_equal(rle.decode({"size": list(mask.shape), "counts": packed}, mask.shape), mask)
+    assert np.array_equal(
+        dense(rle.runs_of({"size": list(mask.shape), "counts": packed}, mask.shape), mask.shape), mask
+    )
 
 
 points = st.floats(-16, 16, allow_nan=False)
@@ -149,12 +152,12 @@ def test_polygons_are_united_as_pycocotools_does(polygons: list[list[float]]):
     united = np.zeros(SIZE, bool)
     for one in polygons:
         united |= coco_mask.decode(coco_mask.frPyObjects([one], *SIZE))[..., 0].astype(bool)
-    assert np.array_equal(rle.decode(polygons, SIZE), united)
+    assert np.array_equal(dense(rle.runs_of(polygons, SIZE), SIZE), united)
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=130), max_size=30))
 def test_any_text_is_decoded_or_refused(text: str):
     try:
-        assert rle.decode({"size": list(SIZE), "counts": text}, SIZE).shape == SIZE
+        assert rle.runs_of({"size": list(SIZE), "counts": text}, SIZE).sum() == SIZE[0] * SIZE[1]
     except ValueError as problem:
         assert "RLE" in str(problem)  # noqa: PT017

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from preprocessing.kernels import paint_runs
 from preprocessing.labels import LabelTable
 from preprocessing.panoptic_map import PanopticMap
 
@@ -27,6 +28,13 @@ def rows_of(truth: PanopticMap) -> list[tuple[int, bool, int]]:
     assert [s.id for s in truth.segments] == list(range(1, len(truth.segments) + 1))
     assert all(s.area == (truth.ids == s.id).sum() > 0 for s in truth.segments)
     return [(LABELS.categories[s.category].dataset_id, s.is_crowd, s.area) for s in truth.segments]
+
+
+def dense(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask of its run lengths, bool (H, W)."""
+    labels = np.zeros(size, np.uint16)
+    paint_runs(labels, runs, 1)
+    return labels == 1
 
 
 def counts_of(mask: np.ndarray) -> list[int]:

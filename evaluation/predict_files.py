@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
+from typing_extensions import TypedDict
 
 from evaluation import coco_format
 from evaluation.images import UserImage, read_image
@@ -22,6 +23,7 @@ from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
 from infra import records
 from infra.errors import StoreError, TesseraError
 from infra.opening import check_size
+from infra.records import Count
 from infra.store import Store, open_store
 from infra.text import shown
 from preprocessing.labels import LabelTable
@@ -105,7 +107,7 @@ def _of_its_name(error: StoreError) -> bool:
 def _done(output: Store, work: Work, item: Item) -> Row | None:
     record = f"{RECORDS}/{item.name}.json"
     try:
-        row = records.read(output, record, dict[str, Any]) if output.exists(record) else None
+        row = _record(output, item.name) if output.exists(record) else None
     except TesseraError:  # a name that is no key: reading the image will say so; or a damaged record
         return None
     promised = [f"{work.folder}/{item.png}", *([_overlay(item)] if work.overlays else [])]
@@ -219,17 +221,35 @@ def finish(plan: Plan, labels: LabelTable, outcomes: Sequence[Outcome]) -> Summa
 
 
 def _earlier(output: Store, known: set[str]) -> list[Row]:
-    names = (entry.key.removeprefix(f"{RECORDS}/").removesuffix(".json") for entry in output.list(f"{RECORDS}/"))
-    return [_record(output, f"{RECORDS}/{name}.json") for name in names if name not in known]
+    keys = (entry.key for entry in output.list(f"{RECORDS}/") if entry.key.endswith(".json"))
+    names = (key.removeprefix(f"{RECORDS}/").removesuffix(".json") for key in keys)
+    return [
+        _record(output, name) for name in names if name not in known and not PurePosixPath(name).name.startswith(".")
+    ]
 
 
-def _record(output: Store, key: str) -> Row:
+class _Record(TypedDict):
+    key: str
+    file_name: str
+    png: str
+    height: Count
+    width: Count
+    segments_info: list[coco_format.SegmentInfo]
+    notes: list[str]
+    empty: str
+
+
+def _record(output: Store, name: str) -> Row:
+    key = f"{RECORDS}/{name}.json"
     try:
-        return records.read(output, key, dict[str, Any])
+        row = records.read(output, key, _Record)
     except StoreError:
         raise
     except TesseraError as error:
         raise TesseraError(f"{error}; delete it and run again") from error
+    if row["file_name"] != name:
+        raise TesseraError(f"{output.url_for(key)}: it is the record of another image; delete it and run again")
+    return cast(Row, row)
 
 
 def _image_ids(plan: Plan, rows: Sequence[Row]) -> list[int]:

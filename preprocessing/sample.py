@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from infra import opening
+from infra import opening, records
 from infra.errors import TesseraError
+from infra.records import Count
 from preprocessing.geometry import PADDING, Frame, Size, resize_labels
 from preprocessing.image_file import read_image
 from preprocessing.kernels import squared_distance
@@ -158,28 +159,42 @@ def from_fields(fields: Mapping[str, bytes]) -> Sample:
     """Inverse of `to_fields`. TesseraError for fields that it cannot have made."""
     try:
         with within_memory("a sample"):
-            return _from_facts(json.loads(fields["json"]), fields)
-    except BROKEN as error:
+            return _from_facts(records.parse(_Facts, fields["json"], "its json"), fields)
+    except (*BROKEN, TesseraError) as error:
         told = f"{type(error).__name__}: {error}"
         raise TesseraError(
             f"a sample is not what precompute writes ({told}): {fields.get('json', b'')[:80]!r}"
         ) from error
 
 
-def _from_facts(facts: Any, fields: Mapping[str, bytes]) -> Sample:
+@dataclass(frozen=True)
+class _Array:
+    dtype: str
+    shape: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The `json` of a sample."""
+
+    image_id: Count
+    file_name: str
+    arrays: dict[str, _Array]
+    segments: tuple[Segment, ...]
+
+
+def _from_facts(facts: _Facts, fields: Mapping[str, bytes]) -> Sample:
+    if any(s.id != place or min(s.category, s.area, *s.box) < 0 for place, s in enumerate(facts.segments, 1)):
+        raise ValueError("segments that are not numbered from 1, or of negative category, area or box")
     arrays = {}
-    for name, declared in facts["arrays"].items():
-        dtype, shape = np.dtype(declared["dtype"]), declared["shape"]
+    for name, declared in facts.arrays.items():
+        dtype, shape = np.dtype(declared.dtype), declared.shape
         size = dtype.itemsize * math.prod(shape)
         if name not in ARRAYS or dtype.kind not in "iu" or size > opening.MOST:
             raise ValueError(f"an array {name} of {dtype}, {size} bytes")
         raw = _lz4().decompress(fields[f"{name}.lz4"], size)
         arrays[name] = np.frombuffer(raw, dtype).reshape(shape)
-    segments = tuple(
-        Segment(**{**row, "box": tuple(row["box"]), "centroid": row["centroid"] and tuple(row["centroid"])})
-        for row in facts["segments"]
-    )
-    return Sample(facts["image_id"], facts["file_name"], fields["jpg"], segments=segments, **arrays)
+    return Sample(facts.image_id, facts.file_name, fields["jpg"], segments=facts.segments, **arrays)
 
 
 @cache

@@ -32,6 +32,7 @@ rows: metrics.Row as dicts, of all steps so far.
 recipe, code: the config, and the version of the code that wrote it.
 """
 
+_KINDS: dict[str, Any] = {"step": int, "rows": list, "method": dict, "ema": dict | None, "optimizer": dict}
 _FOLDER = "checkpoints"
 _LENGTHS = 26
 """Where in the header of a zip's part the lengths of its name and extra field stand, which its content follows."""
@@ -72,6 +73,7 @@ def read_state(store: Store, run: str, step: int) -> State:
     try:
         _check(data)
         state = load_plain(data)
+        _check_kinds(state)
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}")
     except MemoryError:
@@ -79,6 +81,15 @@ def read_state(store: Store, run: str, step: int) -> State:
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise Damaged(f"{store.url_for(key)}: expected a checkpoint of step {step}: {error}") from error
     return state
+
+
+def _check_kinds(state: Any) -> None:
+    """ValueError for what is no State."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it is a {type(state).__name__}")
+    for name, kind in _KINDS.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"its {name} is a {type(state.get(name)).__name__}")
 
 
 def best_step(rows: list[dict[str, Any]], steps: Collection[int]) -> int | None:

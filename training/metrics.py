@@ -66,6 +66,10 @@ class Row:
         return told
 
 
+_PLAIN = tuple(one.name for one in fields(Row) if one.name not in ("losses", "figures"))
+"""The table's columns that every run has."""
+
+
 def training_seconds(rows: Sequence[Row], batch: int) -> list[float]:
     """How long the steps before each row took, evaluation, waiting for workers and steps that were lost left out.
 
@@ -148,6 +152,11 @@ def read_metrics(store: Store, run: str) -> tuple[Row, ...]:
     data = store.read(key)
     try:
         table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        for column in table.schema:
+            if column.name in _PLAIN or column.name.startswith((_LOSS, _FIGURE)):
+                _check(column.name, column.type == _type(column.name), f"is of {column.type}")
+        for name in _PLAIN:
+            _check(name, name in table.column_names and not table[name].null_count, "is not there, or has gaps")
         found, told = table.to_pylist(), (table.schema.metadata or {}).get(_CHECKSUM)
         checksums.require(told is None or told == _checksum(found), store.url_for(key))
         return tuple(_row(values) for values in found)
@@ -171,9 +180,20 @@ def flat(row: Row) -> dict[str, Any]:
 def _schema(rows: Sequence[Row]) -> Any:
     import pyarrow as pa
 
-    names = dict.fromkeys(one.name for one in fields(Row) if one.name not in ("losses", "figures"))
+    names = dict.fromkeys(_PLAIN)
     names |= dict.fromkeys(name for row in rows for name in flat(row))
-    return pa.schema([(name, pa.int64() if name in ("step", "workers") else pa.float64()) for name in names])
+    return pa.schema([(name, _type(name)) for name in names])
+
+
+def _type(column: str) -> Any:
+    import pyarrow as pa
+
+    return pa.int64() if column in ("step", "workers") else pa.float64()
+
+
+def _check(column: str, good: bool, problem: str) -> None:
+    if not good:
+        raise ValueError(f"column {column} {problem}")
 
 
 def _row(values: dict[str, Any]) -> Row:
@@ -181,5 +201,5 @@ def _row(values: dict[str, Any]) -> Row:
         named = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         return {name: value for name, value in named.items() if value is not None}
 
-    plain = {name: value for name, value in values.items() if not name.startswith((_LOSS, _FIGURE))}
+    plain = {name: values[name] for name in _PLAIN}  # a later version may have more
     return Row(**plain, losses=under(_LOSS), figures=under(_FIGURE))

@@ -395,4 +395,4 @@ def test_a_run_of_another_version_is_refused(tmp_path, told):
     (manifest,) = (tmp_path / "store/precompute").rglob("manifest.json")
     manifest.write_text(json.dumps(json.loads(manifest.read_text().replace('"records"', '"rows"'))))
     assert main([run, str(write(tmp_path / "in", {"a.jpg": np_noise()})), str(tmp_path / "out")]) == 2
-    assert "lacks 'shards.0.records'" in told.text
+    assert "manifest.json: lacks 'shards.0.records', as Tessera writes it" in told.text

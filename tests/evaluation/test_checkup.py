@@ -196,7 +196,7 @@ def test_panels_are_image_truth_and_prediction_side_by_side(scenes: Scenes, meth
     panels = check(scenes, 7)(method, Place())[1]
     assert len(panels) == PANELS
     for title, panel in panels.items():
-        sample = scenes.samples[int(title.removeprefix("image "))]
+        sample = scenes.samples[int(title.split()[1])]
         height, width = sample.panoptic.size
         assert panel.shape == (height, 3 * width, 3)
         assert panel.dtype == np.uint8

@@ -58,7 +58,7 @@ def measured(
     things = None if pq is None else 100 - pq
     summary = {name: {"all": pq, "things": things, "stuff": pq} for name in ("pq", "sq", "rq", "boundary")}
     summary["agnostic"] = {"pq": None if pq is None else pq / 2}
-    return Measured(outcome, Evaluated("r", None, "", summary, None, None, {}, 0.5))  # type: ignore[arg-type]
+    return Measured(outcome, Evaluated("r", None, "", summary, None, None, {}, 0.5, {}))  # type: ignore[arg-type]
 
 
 @given(st.lists(PERCENT, min_size=1, max_size=9))
@@ -292,13 +292,13 @@ def test_the_page_opens_shows_the_failure_and_its_links_lead_somewhere(written: 
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(Path(written.url).as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
-        assert "step 3: gradient norm nan" in page.locator(".facts").inner_text()
-        rows = [row.locator("td").all_inner_texts() for row in page.locator("table").nth(1).locator("tr").all()[1:]]
+        assert "step 3: gradient norm nan" in page.locator(".facts").nth(1).inner_text()
+        rows = [row.locator("td").all_inner_texts() for row in page.locator("table").nth(2).locator("tr").all()[1:]]
         assert [row[:2] for row in rows] == [["no <Dice>", "2"], ["Dice", "1 of 2"]]
         assert rows[0][3] == ""
         assert re.fullmatch(r"[+-]\d+\.\d", rows[1][3])  # one seed in common has no interval
         assert rows[1][4:6] == ["41.0", "+1.0"]
-        (pair,) = [row.locator("td").all_inner_texts() for row in page.locator("table").nth(2).locator("tr").all()[1:]]
+        (pair,) = [row.locator("td").all_inner_texts() for row in page.locator("table").nth(3).locator("tr").all()[1:]]
         assert pair[:4] == ["Dice", "no <Dice>", "+1.0", rows[1][3]]
         assert pair[4].startswith("not shown")
         assert page.get_by_text(f"Of 1 pair 1 {pair[4]}.").count() == 1

@@ -5,7 +5,6 @@ the JSON's name without its ending, or where --truth-pngs and --predicted-pngs s
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from infra.text import quoted
 from preprocessing import rgb_ids
 from preprocessing.files import File, leads_outside
 from preprocessing.geometry import Size
+from preprocessing.json_file import read_json
 from preprocessing.json_values import flag, image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
@@ -131,7 +131,7 @@ def _doubts(entries: Mapping[Any, Entry], predictions: Mapping[Any, Entry], with
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(File(str(path)).read())
+        content = read_json(File(str(path)))
     except (OSError, RecursionError, ValueError) as error:
         raise TesseraError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):

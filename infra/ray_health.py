@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from infra import ray_address, ray_cluster
 from infra.errors import TesseraError
 from infra.health import MISSING, Clock, Disk, Facts, Place, StoreFacts
+from infra.memory import memory_left
 from infra.opening import check_owner
 from infra.store import open_store
 
@@ -41,13 +42,6 @@ PROBES = "probe"  # a folder of its own: to list the root of a large folder stor
 _MIB = bytes(1 << 20)
 _SECRET = re.compile(r"(SECRET|TOKEN|PASSWORD|KEY|AUTH_STRING)(?!.*_(PATH|FILE)$)")
 _LEAST_SECRET = 8  # characters; what is shorter may be a word of any text
-_CGROUPS = tuple(  # a container's limit and use of memory, versions 2 and 1
-    (f"{folder}/{limit}", f"{folder}/{use}", f"{folder}/memory.stat")
-    for folder, limit, use in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    )
-)
 _PORT_SECONDS = 5.0
 _CLOCK_SECONDS = 5.0
 _CLOCK_TRIES = 3
@@ -297,17 +291,8 @@ def _free_gb(folder: Path) -> float:
 
 
 def _memory_gb() -> float | None:
-    """What this machine, or the container, can still give; None where /proc is missing."""
-    try:
-        told = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    left = [int(told[1]) * 1024] if told else []
-    for limit, use, parts in _CGROUPS:
-        with suppress(OSError, ValueError):  # no cgroup, or "max": no limit
-            files = re.findall(r"^(?:in)?active_file (\d+)$", Path(parts).read_text(), re.MULTILINE)  # given up at need
-            left.append(int(Path(limit).read_text()) - int(Path(use).read_text()) + sum(map(int, files)))
-    return min(left) / 1e9 if left else None
+    left = memory_left()
+    return None if left is None else left / 1e9
 
 
 def _code() -> Iterator[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """COCO's panoptic layout: an annotation JSON, a folder of RGB-id PNGs, a folder of images; or the published zips."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from infra.errors import TesseraError
 from infra.text import quoted
 from preprocessing import rgb_ids
 from preprocessing.files import File, leads_outside
+from preprocessing.json_file import read_json
 from preprocessing.json_values import image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN
 from preprocessing.labels import LabelTable
@@ -198,7 +198,7 @@ def find(tree: Tree, parts: Parts, layout: str) -> tuple[File, Folder, Folder]:
 
 def _read_json(file: File) -> dict[str, Any]:
     try:
-        content = json.loads(file.read())
+        content = read_json(file)
     except OSError as error:
         raise TesseraError(f"{file}: cannot be read ({error.strerror or error})") from error
     except (RecursionError, ValueError) as error:
@@ -242,7 +242,7 @@ def _record(
 
 def _name(entry: dict[str, Any], whose: str) -> str:
     name = entry.get("file_name")
-    if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
+    if not isinstance(name, str) or not name.isprintable() or not name.strip("./"):
         raise BadSample(f"{whose} file_name is {name!r}, expected a path")
     if leads_outside(name):
         raise BadSample(f"{whose} file name {name!r} leads outside the data set")
@@ -260,7 +260,7 @@ def _unused(annotations: Iterable[dict[str, Any]], masks: Folder) -> Iterator[De
     """PNGs that no annotation mentions, as a JSON for a part of the images leaves them."""
     named = {masks.file(str(entry.get("file_name")), _PNG) for entry in annotations}
     for name in sorted(masks.files):
-        is_junk = PurePosixPath(name).name.startswith("._")  # what macOS leaves behind
+        is_junk = name.rpartition("/")[2].startswith("._")  # what macOS leaves behind
         if name.endswith(".png") and not is_junk and masks.files[name] not in named:
             yield Defect("the PNG has no entry in the JSON", str(masks.files[name]), usable=True)
 
@@ -270,6 +270,8 @@ def _without_annotation(
 ) -> Iterator[Rejected]:
     """Images that the JSON lists and no annotation mentions."""
     annotated = {image_key(entry.get("image_id")) for entry in annotations} - {None}
+    if annotated >= images_by_id.keys():
+        return
     # an entry of a broken id is rejected itself, its image is no second sample
     stems = {PurePosixPath(str(entry.get("file_name"))).stem for entry in annotations}
     for number, entries in images_by_id.items():

@@ -73,17 +73,17 @@ class File:
         """The last part of its path."""
         return Path(self.inside or self.path).name
 
-    def read(self) -> bytes:
-        """All bytes. OSError if that cannot be done, or a zip's checksum disagrees.
+    def read(self, most: int | None = None) -> bytes:
+        """All bytes. OSError if that cannot be done, if there are more than `most` (or opening.MOST), or a zip's checksum disagrees.
 
         StoreError if the object store is away or refuses: that is the fault of no file.
         """
         self._refuse_fault()
         if self._is_object:
-            return self._read_object()
+            return self._read_object(most)
         if self.member is None:
-            return self._read_disk()
-        check_size(self.member.size)
+            return self._read_disk(most)
+        check_size(self.member.size, most)
         whole = io.BytesIO()  # which gives its bytes away without a copy, as joined pieces would not
         for piece in _inflated(self.member, self._disk()):
             whole.write(piece)
@@ -111,8 +111,8 @@ class File:
     def _is_object(self) -> bool:
         return self.path.startswith(S3)
 
-    def _read_object(self) -> bytes:
-        check_size(self.size())
+    def _read_object(self, most: int | None) -> bytes:
+        check_size(self.size(), most)
         bucket, _, key = self.path.removeprefix(S3).partition("/")
         store = open_store(S3 + bucket)
         try:
@@ -124,9 +124,9 @@ class File:
         except NoSuchObject as error:
             raise FileNotFoundError("the object is gone since the data set was listed") from error
 
-    def _read_disk(self) -> bytes:
+    def _read_disk(self, most: int | None) -> bytes:
         try:
-            return read_regular(self.path)
+            return read_regular(self.path, most)
         except NotADirectoryError as error:
             raise FileNotFoundError(f"there is none in {Path(self.path).parent}") from error
 
@@ -137,8 +137,7 @@ class File:
 
 def leads_outside(name: str) -> bool:
     """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def list_zip(archive: File) -> Iterator[File]:

@@ -14,6 +14,7 @@ from infra.text import quoted
 from preprocessing import rle
 from preprocessing.files import File, leads_outside
 from preprocessing.geometry import Size
+from preprocessing.json_file import read_json
 from preprocessing.json_values import image_key, is_crowd, whole
 from preprocessing.kernels import UNKNOWN, paint_runs
 from preprocessing.labels import LabelTable
@@ -254,7 +255,7 @@ _PARTS = ("images", "annotations", "categories")
 
 def _read_json(file: File) -> Any:
     try:
-        return json.loads(file.read())
+        return read_json(file)
     except (OSError, RecursionError, ValueError) as error:
         raise TesseraError(f"{file}: not valid JSON ({error})") from error
 

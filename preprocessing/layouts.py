@@ -7,6 +7,7 @@ from pathlib import Path
 from infra.errors import TesseraError
 from infra.store import open_store
 from preprocessing import ade20k, bdd100k, cityscapes, coco, instances, mapillary
+from preprocessing.json_file import without_collector
 from preprocessing.source import Index, Origin
 
 LAYOUTS: dict[str, Callable[[str | Path, str], Index]] = {
@@ -36,4 +37,6 @@ def read_index(root: str | Path, split: str, layout: str = "coco") -> Index:
 
     TesseraError for an unknown layout and as the layout raises it.
     """
-    return replace(LAYOUTS[known(layout)](root, split), origin=Origin(open_store(str(root)).url, split, layout))
+    with without_collector():
+        found = LAYOUTS[known(layout)](root, split)
+    return replace(found, origin=Origin(open_store(str(root)).url, split, layout))

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from infra.errors import TesseraError
 from infra.records import Count, Key
 from infra.store import Store, open_store
 from preprocessing.geometry import Size
+from preprocessing.json_file import without_collector
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import LabelTable
 from preprocessing.opening import NoMemory, within_memory
@@ -29,6 +31,8 @@ from preprocessing.source import BadSample, Index, Origin, Record, Rejected, Too
 
 FOLDER = "precompute"
 _EARLIER = 8
+_AT_ONCE = 64
+"""Records whose fingerprints a thread takes before the next ones."""
 log = logging.getLogger("tessera.precompute")
 
 
@@ -130,15 +134,17 @@ def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
     config; the newest are asked first. A shard is taken over if all of its samples are in the index unchanged.
     """
     family = _family(index.labels, config)
-    with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
-        prints = list(pool.map(lambda record: record.fingerprint(), index.records))
-    left = {record.image_id: (record, known) for record, known in zip(index.records, prints, strict=True)}
+    with without_collector(), ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
+        chunks = [index.records[i : i + _AT_ONCE] for i in range(0, len(index.records), _AT_ONCE)]
+        prints = list(chain.from_iterable(pool.map(_fingerprints, chunks)))
+        left = {record.image_id: (record, known) for record, known in zip(index.records, prints, strict=True)}
+    facts = asdict(index.labels)  # once: of 133 categories it takes as long as a shard's fingerprints
     jobs, extends = list[ShardJob](), list[str]()
     for earlier in _newest_sets(store, family) if left else ():
         count = len(jobs)
         for shard in earlier.shards:
             if all(i in left for i in shard.records):
-                job = _job([left[i] for i in shard.records], index.labels, config)
+                job = _job([left[i] for i in shard.records], index.labels, facts, config)
                 if job.key == shard.key:
                     jobs.append(job)
                     for i in shard.records:
@@ -146,7 +152,7 @@ def plan(store: Store, index: Index, config: ShardConfig) -> Plan:
         extends += [earlier.path] if len(jobs) > count else []
     rest, taken = list(left.values()), len(jobs)
     jobs += [
-        _job(rest[start : start + config.samples], index.labels, config)
+        _job(rest[start : start + config.samples], index.labels, facts, config)
         for start in range(0, len(rest), config.samples)
     ]
     path = _set_path(index.labels, config, [job.key for job in jobs], index.rejected)
@@ -163,8 +169,15 @@ def _set_path(labels: LabelTable, config: ShardConfig, keys: Sequence[str], reje
     return artifacts.step_path(_family(labels, config), SCHEMA_VERSION, config, inputs)
 
 
-def _job(samples: Sequence[tuple[Record, str]], labels: LabelTable, config: ShardConfig) -> ShardJob:
-    name = artifacts.digest(SCHEMA_VERSION, config.grid, config.radius, labels, [known for _, known in samples])
+def _fingerprints(records: Sequence[Record]) -> list[str]:
+    return [record.fingerprint() for record in records]
+
+
+def _job(
+    samples: Sequence[tuple[Record, str]], labels: LabelTable, facts: dict[str, Any], config: ShardConfig
+) -> ShardJob:
+    """facts: asdict of the labels."""
+    name = artifacts.digest(SCHEMA_VERSION, config.grid, config.radius, facts, [known for _, known in samples])
     return ShardJob(f"{FOLDER}/shards/{name}.tar", tuple(record for record, _ in samples), labels, config)
 
 

@@ -74,7 +74,7 @@ class File:
         return Path(self.inside or self.path).name
 
     def read(self, most: int | None = None) -> bytes:
-        """All bytes. OSError if that cannot be done, if there are more than `most` (or opening.MOST), or a zip's checksum disagrees.
+        """All bytes, at most so many, or opening.MOST. OSError if that cannot be done, or a zip's checksum disagrees.
 
         StoreError if the object store is away or refuses: that is the fault of no file.
         """

@@ -31,7 +31,7 @@ def read_json(file: File) -> Any:
 
 
 def _needed(data: bytes) -> int:
-    """Bytes of memory that reading it takes at most, about twice what COCO's take."""
+    """Bytes of memory that reading it takes at most: of COCO's, 9 for each byte, where it is 7."""
     strings = max(0, data.count(b'"') // 2 - data.count(b":"))
     return _TEXT * len(data) + _STRING * strings + sum(cost * data.count(sign) for sign, cost in _COSTS)
 

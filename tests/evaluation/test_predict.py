@@ -27,6 +27,7 @@ from preprocessing.labels import LabelTable
 from preprocessing.sample import decode_image
 from tests.support.finished_run import finished_run
 from tests.support.odd_images import encoded, readable, rotated_jpeg, scene, unreadable, write
+from training.methods.base import Method
 from training.run import open_run
 
 
@@ -349,17 +350,18 @@ def np_noise() -> bytes:
 
 
 def test_only_the_image_on_which_the_network_fails_is_lost(run, tmp_path, monkeypatch):
-    whole = Predictor.batch
+    whole, errors = Method.segment, {41: TesseraError("not finite"), 43: RuntimeError("can't allocate memory: 8 bytes")}
 
-    def fails_on_wide(self, images):
-        if any(image.rgb_HW3.shape[1] == 41 for image in images):
-            raise TesseraError("decode: image 0 of the batch: the network's output is not finite")
-        return whole(self, images)
+    def fails_on_some(self, inputs, sizes):
+        for fault in (errors[width] for _, width in sizes if width in errors):
+            raise fault
+        return whole(self, inputs, sizes)
 
-    monkeypatch.setattr(Predictor, "batch", fails_on_wide)
+    monkeypatch.setattr(Method, "segment", fails_on_some)
     source = write(tmp_path / "in", {f"{w}.png": encoded(scene(20, w), "PNG") for w in range(38, 45)})
     assert main([run, str(source), str(tmp_path / "out")]) == 1
-    assert [i["id"] for i in check_listing(tmp_path / "out")["images"]] == [38, 39, 40, 42, 43, 44]
+    assert [i["id"] for i in check_listing(tmp_path / "out")["images"]] == [38, 39, 40, 42, 44]
+    assert "not enough memory" in (tmp_path / "out/problems.json").read_text()
 
 
 def test_everything_on_s3(tmp_path, s3_env, told):

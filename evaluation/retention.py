@@ -140,7 +140,7 @@ def sweep(store: Store, older: timedelta, tell: Callable[[str], None]) -> Survey
             mark = stack.enter_context(sweeping(store))
         found = _look(mark, older, watch=True)  # here, since what was seen before may be needed by now
         tell(to_text(found))
-        _delete(store, found.candidates, tell)
+        _delete(mark, found.candidates, tell)
         return found
 
 
@@ -253,7 +253,7 @@ def _overlap(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _delete(store: Store, candidates: Sequence[Candidate], tell: Callable[[str], None]) -> None:
+def _delete(mark: Mark, candidates: Sequence[Candidate], tell: Callable[[str], None]) -> None:
     """What says that something is done goes first: what remains after a kill is made anew by whoever wants it."""
     stages: tuple[list[Entry], ...] = ([], [], [], [])
     for one in candidates:
@@ -261,9 +261,18 @@ def _delete(store: Store, candidates: Sequence[Candidate], tell: Callable[[str],
             stages[0 if one.partial else _stage(entry.key)].append(entry)
     objects, size = sum(map(len, stages)), sum(one.bytes for one in candidates)
     done, freed, told = 0, 0, time.monotonic()
+
+    def partial_gone(entry: Entry) -> None:
+        mark.refuse_lapsed()
+        mark.store.discard(entry)
+
+    def object_gone(entry: Entry) -> None:
+        mark.refuse_lapsed()
+        mark.store.delete(entry.key)
+
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, stage in enumerate(stages):  # the next one only begins when all of this one are gone
-            gone = pool.map(store.delete if number else store.discard, [e.key if number else e for e in stage])
+            gone = pool.map(object_gone if number else partial_gone, stage)
             for entry, _ in zip(stage, gone, strict=True):
                 done, freed = done + 1, freed + entry.size
                 if time.monotonic() - told >= _TELL_SECONDS:

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from infra import records
@@ -31,6 +31,7 @@ FOLDER = "running"
 _BEAT_SECONDS = 60.0
 _DEAD_SECONDS = 900.0  # longer than a store may be away (TESSERA_STORE_PATIENCE) and back
 _AHEAD_SECONDS = 60.0  # by which times may lie in the future: S3's have whole seconds, its servers clocks of their own
+_LAPSED_SECONDS = _DEAD_SECONDS / 3
 _POLL_SECONDS = 1.0
 _SWEEP, _SURVEY = f"{FOLDER}/retention-", f"{FOLDER}/survey-"
 _MARK = re.compile(rf"{FOLDER}/(retention-|survey-)?[0-9a-f]{{32}}\.json")
@@ -53,10 +54,27 @@ class Mark:
     store: Store
     key: str
     content: bytes
+    beats: list[float] = field(default_factory=list)
+    """When it was written, by `_uptime`."""
+
+    def beat(self) -> None:
+        """Say it again."""
+        self.store.write(self.key, self.content)
+        self.beats.append(_uptime())
+
+    def refuse_lapsed(self) -> None:
+        """TesseraError where nothing was said for so long, as a process was stopped or a machine asleep, that others
+        may have begun to work meanwhile."""
+        silent = _uptime() - self.beats[-1]
+        if silent > _LAPSED_SECONDS:
+            raise TesseraError(
+                f"{self.store.url}: this retention said nothing for {silent:.0f} s (stopped, asleep, or the store was "
+                "away), so others may have begun to work; nothing more was deleted, run it again"
+            )
 
     def now(self) -> datetime:
         """The time by the store's clock: that of the mark, which is written anew."""
-        self.store.write(self.key, self.content)
+        self.beat()
         return self.store.stat(self.key).modified
 
     def refuse_future(self, entries: Sequence[Entry], now: datetime) -> None:
@@ -169,6 +187,11 @@ def _alive(entries: Sequence[Entry], now: datetime) -> list[Entry]:
     return [entry for entry in entries if now - entry.modified < timedelta(seconds=_DEAD_SECONDS)]
 
 
+def _uptime() -> float:
+    """Seconds, also while the machine sleeps, where the system tells them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 def _implausible(store: Store, entry: Entry, when: str) -> TesseraError:
     url = store.url_for(entry.key)
     return TesseraError(
@@ -186,11 +209,11 @@ def _said(store: Store, key: str, content: bytes) -> Iterator[Mark]:
     def beat() -> None:
         while not ended.wait(_BEAT_SECONDS):
             try:
-                store.write(key, content)
+                mark.beat()
             except TesseraError as error:  # a store that is away: work has its own patience
                 log.warning("%s", error)
 
-    store.write(key, content)
+    mark.beat()
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:

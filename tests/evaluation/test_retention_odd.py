@@ -54,6 +54,20 @@ def test_a_time_in_the_future_is_named_and_nothing_is_deleted(tmp_path: Path, ke
         assert {entry.key for entry in store.list()} == before
 
 
+def test_a_retention_that_slept_deletes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whoever waited for it has begun to work by then."""
+    store = open_store(str(tmp_path))
+    key = stale(store)
+
+    def sleeps(text: str) -> None:
+        awake = in_use._uptime()
+        monkeypatch.setattr(in_use, "_uptime", lambda: awake + 20 * 60)
+
+    with pytest.raises(TesseraError, match=r"said nothing for 1200 s.*nothing more was deleted"):
+        sweep(store, timedelta(days=30), sleeps)
+    assert store.exists(key)
+
+
 def test_an_upload_that_cannot_be_listed_is_told_and_elsewhere_nothing_is_deleted(tmp_path: Path):
     store, told = open_store(str(tmp_path)), list[str]()
     gone = stale(store)

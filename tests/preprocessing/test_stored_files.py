@@ -247,8 +247,8 @@ def test_a_store_that_is_away_makes_no_bad_sample(
 ):
     index, store = twins.remote(), open_store(str(tmp_path))
     jobs = plan(store, index, CONFIG).jobs
-    monkeypatch.setenv("TESSERA_STORE_PATIENCE", "0.2")
-    with s3_env.killed():
+    with monkeypatch.context() as hurried, s3_env.killed():
+        hurried.setenv("TESSERA_STORE_PATIENCE", "0.2")
         for work in (lambda: compute_shard(store.url, jobs[0]), lambda: plan(store, index, CONFIG), twins.remote):
             with pytest.raises(StoreError, match=r"^cannot (read|list) s3://"):
                 work()

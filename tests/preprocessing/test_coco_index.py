@@ -1,12 +1,14 @@
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.errors import TesseraError
 from preprocessing.coco import read_index
-from preprocessing.source import read_sample
+from preprocessing.files import File
+from preprocessing.source import read_sample, shared_pictures
 from tests.support.coco_folder import CocoFolder
 
 MINI = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
@@ -298,3 +300,15 @@ def assert_only_the_third_is_lost(coco: CocoFolder):
         return
     coco.record(2).fingerprint()
     assert coco.reason(2)
+
+
+def test_pictures_of_another_split_are_known_by_name_and_bytes(coco: CocoFolder):
+    index = coco.index()
+    other = replace(index, records=index.records[::-1])
+    assert [r.image_id for r in shared_pictures(index, other)] == list(range(1, 13))
+    shutil.copytree(coco.images, coco.root / "other")
+    for position in range(2):
+        coco.image(position).write_bytes(coco.image(position).read_bytes() + b"more" * position)
+    there = str(coco.root / "other")
+    moved = [replace(r, image=File(r.image.path.replace(str(coco.images), there))) for r in index.records]
+    assert [r.image_id for r in shared_pictures(index, replace(index, records=tuple(moved)))] == [1, *range(3, 13)]

@@ -223,6 +223,13 @@ def test_what_cannot_be_read_is_in_quarantine_with_the_reason(take: Taker, six: 
     assert decision.reason in shown(take.report(decision))
 
 
+def test_colours_and_the_order_of_categories_are_those_of_the_train_set(six: CocoFolder):
+    with six.editing() as content:
+        content["categories"] = [{**c, "color": None} for c in content["categories"][::-1]]
+    taken = sift(six.index(), CATEGORIES, frozenset(), frozenset()).index.labels
+    assert taken.to_coco() == CATEGORIES.to_coco()
+
+
 def test_other_categories_are_in_quarantine(take: Taker, six: CocoFolder):
     with six.editing() as content:
         content["categories"][0]["name"] = "dish"

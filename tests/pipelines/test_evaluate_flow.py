@@ -102,7 +102,7 @@ def test_the_best_weights_of_a_run_are_a_run(run, data, store, shown):
     artifacts.write_manifest(store, best, content | {"steps": 40, "best_of": path})
     whole, theirs = (evaluated(Evaluate(run=store.url_for(p), data=str(data))) for p in (path, best))
     assert whole.url != theirs.url
-    assert json.dumps(whole.summary) == json.dumps(theirs.summary)
+    assert json.dumps(whole.summary, sort_keys=True) == json.dumps(theirs.summary, sort_keys=True)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """Predictions in COCO's panoptic format: an entry of the JSON's `annotations` and an RGB-id PNG."""
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from infra.errors import TesseraError
-from infra.records import Count
+from infra.records import Count, Flag
 from preprocessing import rgb_ids
 from preprocessing.export import segments_info
 from preprocessing.kernels import UNKNOWN
@@ -22,8 +22,8 @@ class SegmentInfo(TypedDict):
     category_id: Count
     area: Count
     bbox: Annotated[list[Count], Field(min_length=4, max_length=4)]
-    iscrowd: Literal[0, 1]
-    isthing: NotRequired[Literal[0, 1]]
+    iscrowd: Flag
+    isthing: NotRequired[Flag]
 
 
 class Annotation(TypedDict):

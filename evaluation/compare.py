@@ -19,7 +19,7 @@ from evaluation.bootstrap import Interval, Table, difference_intervals, image_pq
 from evaluation.coco_format import Annotation, read_map
 from evaluation.evaluate import load_samples, read_images
 from evaluation.report import GROUPS, Finished, category_rows
-from evaluation.summary import read_summary
+from evaluation.summary import fits, read_summary
 from infra import artifacts, page, records
 from infra.errors import TesseraError
 from infra.page import percent
@@ -64,12 +64,12 @@ def read_evaluation(url: str) -> Evaluated:
     run, val_set = _manifest(store, manifest.run, RunFacts), read_set(store, manifest.val_set)
     if val_set is None:
         raise TesseraError(f"{url}: its data set {manifest.val_set} has no manifest any more")
-    table = Table.of(read_images(store, path, val_set.labels))
+    by_image = read_images(store, path, val_set.labels)
+    table = Table.of(by_image)
     hours = worker_hours(read_metrics(store, manifest.run), run.batch(store.url_for(manifest.run)))
     summary, options = read_summary(store, path), _flat(run.recipe)
-    same = {*summary["images"]} == {*map(str, table.image_ids)}
-    if not same or len(summary["pq"]["per_category"]) != len(val_set.labels):
-        raise TesseraError(f"{url}: its report.json is of other images or categories than its images.json")
+    if not fits(summary, by_image, val_set.labels):
+        raise TesseraError(f"{url}: its report.json has other figures than follow from its images.json")
     options |= _flat(manifest.decode, "method.decode.")  # another than the run's, where it was evaluated again
     told = facts.trained_facts(store, manifest.run) | {"evaluated": f"{facts.written(store, path)}, {path}"}
     return Evaluated(manifest.recipe, store, path, summary, table, val_set, options, hours, told)

@@ -1,5 +1,6 @@
 """One evaluation in figures, ready for JSON: what reports and comparisons show."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -103,6 +104,29 @@ def read_summary(store: Store, path: str) -> dict[str, Any]:
     if sizes != size_names():
         raise TesseraError(f"{store.url_for(key)}: its sizes are {sizes}, expected {size_names()}")
     return cast(dict[str, Any], found | {"images": {str(i): pq for i, pq in found["images"].items()}})
+
+
+def fits(summary: dict[str, Any], by_image: Mapping[int, PQStats], labels: LabelTable) -> bool:
+    """Whether a summary's PQ, SQ, RQ, counts and images are those of these statistics, to rounding."""
+    table = Table.of(by_image)
+    images = dict(zip(map(str, table.image_ids), image_pq(table).tolist(), strict=True))
+    counted = summarise(sum(by_image.values(), PQStats.zero(len(labels))), labels) | {"images": images}
+    if summary["images"].keys() != images.keys():
+        return False
+    ours, theirs = (np.array([*_figures(one)], float) for one in (counted, summary))  # None is NaN
+    return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def _figures(summary: Mapping[str, Any]) -> Iterator[float | None]:
+    groups = ("all", "things", "stuff")
+    for measure in (summary["pq"], summary["sq"], summary["rq"]):
+        yield from (measure[group] for group in groups)
+        yield from measure["per_category"].values()
+    counts = summary["counts"]
+    yield from (counts[group]["categories"] for group in groups)
+    for row in (*(counts[group] for group in groups), *counts["per_category"].values()):
+        yield from (row["tp"], row["fp"], row["fn"])
+    yield from (summary["images"][i] for i in sorted(summary["images"], key=int))
 
 
 def summary_of(scores: Scores, labels: LabelTable) -> dict[str, Any]:

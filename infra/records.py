@@ -21,6 +21,8 @@ from infra.text import quoted
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 """Of objects, pixels, bytes, images; ids are counts, too."""
+Flag = Annotated[int, Field(ge=0, le=1)]
+"""COCO's 0 or 1."""
 Amount = Annotated[float, Field(ge=0, lt=1e15)]
 """Seconds, hours, rates."""
 Percent = Annotated[float, Field(ge=-1e-6, le=100 + 1e-6)]

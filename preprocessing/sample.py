@@ -184,8 +184,9 @@ class _Facts:
 
 
 def _from_facts(facts: _Facts, fields: Mapping[str, bytes]) -> Sample:
-    if any(s.id != place or min(s.category, s.area, *s.box) < 0 for place, s in enumerate(facts.segments, 1)):
-        raise ValueError("segments that are not numbered from 1, or of negative category, area or box")
+    for place, s in enumerate(facts.segments, 1):
+        if s.id != place or not all(0 <= v < 1 << 31 for v in (s.category, s.area, *s.box, *(s.centroid or ()))):
+            raise ValueError(f"segment {place} has another number, or a place or size that none has")
     arrays = {}
     for name, declared in facts.arrays.items():
         dtype, shape = np.dtype(declared.dtype), declared.shape

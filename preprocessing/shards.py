@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated
 
 import webdataset as wds
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from infra import artifacts, records
 from infra.errors import TesseraError
-from infra.records import Count, Key
+from infra.records import Count, Flag, Key
 from infra.store import Store, open_store
 from preprocessing.geometry import Size
 from preprocessing.json_file import without_collector
@@ -50,8 +51,8 @@ class ShardConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.radius <= MAX_RADIUS:
             raise TesseraError(f"shards: radius {self.radius} is not in 0..{MAX_RADIUS}")
-        if self.samples < 1 or (self.grid and min(self.grid) < 1):
-            raise TesseraError(f"shards: samples {self.samples} and grid {self.grid} must be positive")
+        if not 1 <= self.samples < 1 << 31 or not all(1 <= side <= 1 << 16 for side in self.grid or ()):
+            raise TesseraError(f"shards: samples {self.samples} and grid {self.grid} must be positive, sides to 65536")
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,19 @@ class _Schema:
     schema: int
 
 
+class _Category(TypedDict):
+    id: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+    name: str
+    isthing: Flag
+    color: list[int]
+
+
 @dataclass(frozen=True)
 class _Content:
     """Of a set's manifest."""
 
     samples: Count
-    labels: list[dict[str, Any]]
+    labels: list[_Category]
     config: ShardConfig
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from infra.errors import TesseraError
+from infra.records import Count
 from infra.text import quoted, sentence, shown
 from preprocessing.files import File
 from preprocessing.geometry import Size
@@ -48,7 +49,7 @@ class Defect:
 class Rejected:
     """A sample set aside."""
 
-    image_id: int | None
+    image_id: Count | None
     file: str
     reason: str
 

@@ -10,6 +10,7 @@ import torch
 
 from infra import artifacts, records
 from infra.errors import TesseraError
+from infra.text import quoted
 from preprocessing.geometry import Frame, Size
 from preprocessing.kernels import MAX_RADIUS
 from preprocessing.labels import Category, LabelTable
@@ -264,6 +265,8 @@ def _restored(types: Any, value: Any) -> Any:
         hints = get_type_hints(kind)
         return kind(**{name: _restored(hints[name], part) for name, part in value.items()})
     records.restore(types, value, "a value of it")  # as it is: 6 for 6.0 would be another run
+    if any(isinstance(part, int) and abs(part) >= 1 << 63 for part in (value if isinstance(value, list) else [value])):
+        raise TypeError(f"{quoted(value)} is no number of 64 bits")
     return tuple(value) if isinstance(value, list) else value
 
 

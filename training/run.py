@@ -108,8 +108,11 @@ def open_run(store_url: str, path: str, options: Mapping[str, Any] | None = None
 
 def load_method(recipe: Recipe, labels: LabelTable, store_url: str, path: str) -> Method:
     """The trained method of a finished run, in evaluation mode, on the CPU."""
-    method = recipe.build(labels)
     store = open_store(store_url)
+    try:
+        method = recipe.build(labels)
+    except (RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError) as error:  # by what is wrong with it
+        raise TesseraError(f"{store.url_for(path)}: its recipe's network cannot be built: {error}") from error
     try:
         method.load_state_dict(_weights(store, path))
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """One evaluation in figures, ready for JSON: what reports and comparisons show."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -78,6 +78,11 @@ class _Confusion(TypedDict):
     of_all: Percent
 
 
+class _Oracle(TypedDict):
+    images: Count
+    pq: _Groups
+
+
 class _Summary(TypedDict):
     pq: _Measure
     sq: _Measure
@@ -89,6 +94,7 @@ class _Summary(TypedDict):
     semantic: _Semantic
     sizes: list[_Size]
     confusions: list[_Confusion]
+    oracle: NotRequired[_Oracle | None]
     images: dict[int, _Figure]
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
 import webdataset as wds
 from pydantic import Field

@@ -20,7 +20,8 @@ from tests.evaluation.test_measures import dense
 from tests.evaluation.test_pq_truth import LABELS, random_pair
 
 GROUPS = ["all", "things", "stuff"]
-KEYS = ["pq", "sq", "rq", "counts", "intervals", "boundary", "agnostic", "semantic", "sizes", "confusions", "images"]
+KEYS = ["pq", "sq", "rq", "counts", "intervals", "boundary", "agnostic", "semantic", "sizes", "confusions"]
+KEYS += ["oracle", "images"]
 
 
 def scores_of(pairs, labels=LABELS):

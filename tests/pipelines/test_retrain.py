@@ -4,9 +4,7 @@ What is killed leaves the store as it was before one of its changes. So a run is
 moment is what a kill there leaves behind.
 """
 
-import json
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,20 +12,18 @@ from threading import Barrier, Thread
 
 import pytest
 
-from evaluation.champion import Champion, current, give, go_back, history
+from evaluation.champion import current, give, go_back, history
 from evaluation.evaluate import evaluation_path
-from evaluation.report import GroupPQ
 from infra.artifacts import read_manifest
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from pipelines import champion as champion_command
 from pipelines import retrain as flow
-from pipelines.retrain_job import decoded, read_line
+from pipelines.retrain_job import read_line
 from preprocessing import inbox, ray_inbox
 from preprocessing.coco import read_index
 from preprocessing.inbox import decisions
 from preprocessing.shards import ShardConfig, ShardSet, read_set
-from tests.support.every_recipe import every_recipe
 from tests.support.retrain_stage import (
     STEPS,
     Stage,
@@ -373,21 +369,6 @@ def test_an_accepted_set_that_is_gone_is_told(line: Store, stage: Stage, tmp_pat
     line.delete(f"{decision.shards}/manifest.json")
     with pytest.raises(TesseraError, match=f"{decision.shards}: an accepted upload.* it is gone"):
         retrain(line)
-
-
-@pytest.mark.parametrize("make", every_recipe())
-def test_the_decoding_of_a_champion_is_read_back_as_it_was(make: Callable[[], Recipe], tmp_path: Path):
-    """Or the champion would be evaluated anew in each round."""
-    store, recipe = open_store(str(tmp_path)), make()
-    facts = {"train_set": "precompute/a/a", "steps": 1, "seconds": 1.0}
-    content = json.dumps({"recipe": recipe, **facts}, default=vars)
-    store.write("train/a/manifest.json", content.encode())
-    decode = json.loads(content)["recipe"]["method"]["decode"]
-    pq: GroupPQ = {"all": 1.0, "things": None, "stuff": None}
-    found = {"recipe": recipe.name, "run": "train/a", "val_set": "precompute/a/b", "images": 1, "pq": pq}
-    store.write("evaluate/a/manifest.json", json.dumps({"decode": decode, **found}).encode())
-    entry = Champion(1, "train/a", "evaluate/a", "evaluate/a", pq, "given", None, "")
-    assert evaluation_path(decoded(store, entry), "train/a", "v") == evaluation_path(recipe, "train/a", "v")
 
 
 def test_the_command_names_rolls_back_and_lists(line: Store, capsys: pytest.CaptureFixture):

@@ -1,7 +1,6 @@
 """Uploads: whole or left alone, decided on once, bad samples set aside with a report, an outage never their fault."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -383,18 +382,6 @@ def test_whatever_the_folder_of_an_upload_is_called_something_becomes_of_it(
     decision = Taker(store, base.train_set, base.val_set)(only(store).name)
     assert decisions(store, LINE) == {only(store).title: decision}
     assert decision.upload.encode() == name.encode(errors="backslashreplace")
-
-
-def test_an_upload_that_is_being_mended_is_left_alone_until_success_is_written_again(tmp_path: Path):
-    store = open_store(str(tmp_path / "store"))
-    put(write_upload(tmp_path / "two", 101, 2), store, "a")
-    assert only(store).whole
-    success = Path(store.url, "inbox/a/_SUCCESS")
-    os.utime(success, (success.stat().st_atime, success.stat().st_mtime - 60))
-    store.write("inbox/a/train2017/000000000101.jpg", b"mended, the first of many")
-    assert not only(store).whole
-    store.write("inbox/a/_SUCCESS", b"")
-    assert only(store).whole
 
 
 def test_where_no_sample_can_be_paired_the_page_names_each_all_the_same(take: Taker, six: CocoFolder):

@@ -78,3 +78,18 @@ def test_an_upload_with_an_entry_that_cannot_be_listed_is_at_fault_and_the_other
         decision = take(name)
         assert decision.state == "quarantined"
         assert f"inbox/{name}/train2017/link: a link, expected the file itself" in str(decision.reason)
+
+
+def test_an_upload_that_is_being_mended_is_left_alone_until_success_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inbox, "SETTLED", timedelta())
+    store = open_store(str(tmp_path / "store"))
+    put(write_upload(tmp_path / "two", 101, 2), store, "a")
+    assert only(store).whole
+    success = Path(store.url, "inbox/a/_SUCCESS")
+    os.utime(success, (success.stat().st_atime, success.stat().st_mtime - 60))
+    store.write("inbox/a/train2017/000000000101.jpg", b"mended, the first of many")
+    assert not only(store).whole
+    store.write("inbox/a/_SUCCESS", b"")
+    assert only(store).whole

@@ -114,7 +114,11 @@ def check_categories(listed: Sequence[Mapping[str, Any]], source: str, labels: L
         known = by_name.get(str(name)) if place is None else labels.categories[place]
         if known is None:  # no segment may have it
             continue
-        if number != known.dataset_id or name not in (None, known.name) or is_thing not in (None, known.is_thing):
+        if (
+            number != known.dataset_id
+            or (name is not None and str(name) != known.name)
+            or is_thing not in (None, known.is_thing)
+        ):
             raise TesseraError(f"{source}: category {quoted(dict(entry))}; {whose} has {known}")
 
 
@@ -122,6 +126,8 @@ def _doubts(entries: Mapping[Any, Entry], predictions: Mapping[Any, Entry], with
     """What may be well meant, and may be a mistake."""
     if without:
         yield f"{without} images are listed in the truth's JSON and have no entry in its annotations: not scored"
+    if extra := len(predictions.keys() - entries.keys()):
+        yield f"{extra} images are predicted that the truth does not have: not scored"
     owner = {PurePosixPath(entry.png.name).stem: image_id for image_id, entry in entries.items()}
     for image_id, entry in predictions.items():
         other = owner.get(PurePosixPath(entry.png.name).stem, image_id)

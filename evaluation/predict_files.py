@@ -6,12 +6,14 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from PIL import Image
 from typing_extensions import TypedDict
@@ -21,7 +23,7 @@ from evaluation.images import UserImage, read_image
 from evaluation.predict import Prediction, Predictor
 from evaluation.predict_plan import RECORDS, Failure, Item, Plan, Work
 from infra import records
-from infra.errors import StoreError, TesseraError
+from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.opening import check_size
 from infra.records import Count
 from infra.store import Store, open_store
@@ -110,8 +112,18 @@ def _done(output: Store, work: Work, item: Item) -> Row | None:
         row = _record(output, item.name) if output.exists(record) else None
     except TesseraError:  # a name that is no key: reading the image will say so; or a damaged record
         return None
-    promised = [f"{work.folder}/{item.png}", *([_overlay(item)] if work.overlays else [])]
-    return row if row and row["key"] == item.key(work) and all(map(output.exists, promised)) else None
+    if row is None or row["key"] != item.key(work):
+        return None
+    promised = {f"{work.folder}/{item.png}": row.get("png_bytes")}
+    promised |= {_overlay(item): row.get("overlay_bytes")} if work.overlays else {}
+    return row if all(_is_there(output, *one) for one in promised.items()) else None
+
+
+def _is_there(output: Store, key: str, size: int | None) -> bool:
+    """Whether the object is there, and whole by its size, where the record has that."""
+    with suppress(NoSuchObject):
+        return output.stat(key).size == size if size is not None else output.exists(key)
+    return False
 
 
 def _overlay(item: Item) -> str:
@@ -168,11 +180,13 @@ def load_predictor(storage: str, run: str, options: str, device: str | None) -> 
 
 
 def _write(output: Store, work: Work, item: Item, prediction: Prediction) -> Row:
-    output.write(f"{work.folder}/{item.png}", coco_format.png(prediction.panoptic))
+    png, overlay_bytes = coco_format.png(prediction.panoptic), None
+    output.write(f"{work.folder}/{item.png}", png)
     if work.overlays:
         buffer = io.BytesIO()
         Image.fromarray(prediction.overlay(_OVERLAY)).save(buffer, "JPEG", quality=90)
         output.write(_overlay(item), buffer.getvalue())
+        overlay_bytes = len(buffer.getvalue())
     height, width = prediction.panoptic.size
     row = {
         "key": item.key(work),
@@ -183,6 +197,9 @@ def _write(output: Store, work: Work, item: Item, prediction: Prediction) -> Row
         "segments_info": coco_format.annotation(prediction.panoptic, prediction.labels, 0, item.png)["segments_info"],
         "notes": prediction.notes,
         "empty": prediction.empty,
+        "png_bytes": len(png),
+        "png_crc": zlib.crc32(png),
+        "overlay_bytes": overlay_bytes,
     }
     output.write(f"{RECORDS}/{item.name}.json", records.to_json(row, indent=None))
     return row
@@ -237,6 +254,9 @@ class _Record(TypedDict):
     segments_info: list[coco_format.SegmentInfo]
     notes: list[str]
     empty: str
+    png_bytes: NotRequired[Count | None]
+    png_crc: NotRequired[Count | None]
+    overlay_bytes: NotRequired[Count | None]
 
 
 def _record(output: Store, name: str) -> Row:
@@ -307,7 +327,10 @@ def _zipped(output: Store, work: Work, rows: Sequence[Row], listing: bytes) -> b
     with zipfile.ZipFile(buffer, "w") as archive:  # PNGs are deflated already
         archive.writestr(f"{work.folder}.json", listing, zipfile.ZIP_DEFLATED)
         for row in rows:
-            archive.writestr(f"{work.folder}/{row['png']}", output.read(f"{work.folder}/{row['png']}"))
+            png = output.read(key := f"{work.folder}/{row['png']}")
+            if row.get("png_crc") not in (None, zlib.crc32(png)):
+                raise TesseraError(f"{output.url_for(key)}: damaged since it was written; delete it and run again")
+            archive.writestr(key, png)
     return buffer.getvalue()
 
 

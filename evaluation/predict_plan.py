@@ -133,7 +133,7 @@ def plan_prediction(
     found = _found(source, target)
     folder, items, missing = "predictions", found.items, found.faults
     if images is not None:
-        items, missing = _matched(_read_list(images), items)
+        items, missing = _matched(_read_list(images), items, found.store.url.rpartition("/")[2])
         stem = PurePosixPath(images).stem.removeprefix("image_info_")
         folder = f"panoptic_{stem}_{algorithm}_results"
         found = replace(found, ignored=(), outputs=())
@@ -173,7 +173,7 @@ def _found(source: str, output: str) -> _Found:
         return _Found(parent, [Item(name, version, png=png_name(name, parent.exists))])
     if root.url == output:
         raise TesseraError(f"{source}: INPUT is OUTPUT, too; choose another folder")
-    listing = root.look()
+    listing = root.look(nothing=True)
     listed = listing.entries
     if not listed and not listing.faults:
         raise TesseraError(f"{source}: no such file, nor a folder with any")
@@ -241,18 +241,25 @@ def _is_litter(key: str) -> bool:
     return name in (".DS_Store", "Thumbs.db") or name.startswith("._") or "__MACOSX" in PurePosixPath(key).parts
 
 
-def _matched(entries: Sequence[Item], found: Sequence[Item]) -> tuple[list[Item], tuple[Failure, ...]]:
-    """The list's entries with the versions of their files, and those that have none."""
+def _matched(entries: Sequence[Item], found: Sequence[Item], folder: str) -> tuple[list[Item], tuple[Failure, ...]]:
+    """The list's entries with the versions of their files, and those that have none; folder: the input's name, which
+    names in the list may have before them."""
     by_name = {_composed(item.name): item for item in found}
-    pairs = [(entry, by_name.get(_composed(entry.name))) for entry in entries]
+    pairs = [
+        (entry, by_name.get(_composed(entry.name)) or by_name.get(_inside(entry.name, folder))) for entry in entries
+    ]
     there = [replace(item, image_id=entry.image_id, size=entry.size) for entry, item in pairs if item is not None]
     absent = "the list has it, the input does not"
     return there, tuple(Failure(entry.name, absent) for entry, item in pairs if item is None)
 
 
 def _composed(name: str) -> str:
-    """Accents are written in two ways, and disks and lists do not agree on one."""
-    return unicodedata.normalize("NFC", name)
+    """Accents are written in two ways, and disks and lists do not agree on one; ./a is a."""
+    return unicodedata.normalize("NFC", PurePosixPath(name).as_posix())
+
+
+def _inside(name: str, folder: str) -> str:
+    return _composed(name).removeprefix(f"{_composed(folder)}/")
 
 
 def _read_list(url: str) -> list[Item]:

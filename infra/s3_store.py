@@ -42,7 +42,7 @@ from infra.s3_answers import (
     refuse_pages,
     status,
 )
-from infra.store import Entry, Store, checked_prefix
+from infra.store import Entry, Store, check_room, checked_prefix
 from infra.text import sentence
 
 if TYPE_CHECKING:
@@ -116,7 +116,12 @@ class S3Store(Store):
 
     def read(self, key: str) -> bytes:
         with _telling("read", url := self.url_for(key)):  # at once: half the work of a stream's pieces
-            return self._patiently(lambda: self._client.get_object(**_address(url))["Body"].read())
+            return self._patiently(partial(self._whole, url))
+
+    def _whole(self, url: str) -> bytes:
+        answer = self._client.get_object(**_address(url))
+        check_room(url, answer.get("ContentLength", 0))
+        return answer["Body"].read()
 
     def open(self, key: str) -> BinaryIO:
         with _telling("read", url := self.url_for(key)):

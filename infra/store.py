@@ -22,11 +22,13 @@ from urllib.request import url2pathname
 
 from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.exclusive import give_name
+from infra.memory import memory_left
 from infra.opening import MOST, Unfit, check_size, open_regular
 from infra.text import quoted
 from infra.walking import walk
 
 _LONGEST = 2000  # characters of a root
+_LARGE = 1 << 28  # bytes; smaller objects fit, and nobody asks
 _PARTIAL = ".partial-"  # starts the name of a file still being written: no key, never listed
 _OTHER_FOLDER = "choose a folder that this user may read and write"
 _REMEDIES = {
@@ -124,10 +126,11 @@ class Store(ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects whose key starts with the text `prefix`, sorted by key."""
 
-    def look(self, prefix: str = "", closed: str | None = None) -> Listing:
+    def look(self, prefix: str = "", closed: str | None = None, nothing: bool = False) -> Listing:
         """As `list`, where one entry of a folder that cannot be listed does not keep the others from it.
 
-        closed: below keys that start so a link is a fault, and not followed; a bucket has none.
+        closed: below keys that start so a link is a fault, and not followed; a bucket has none. nothing: links that
+        lead nowhere, pipes and devices are faults, too.
         """
         return Listing(tuple(self.list(prefix)))
 
@@ -162,6 +165,11 @@ class Store(ABC):
 class FolderStore(Store):
     """A store in a local or mounted folder."""
 
+    def read(self, key: str) -> bytes:
+        with self.open(key) as stream, _telling("read", url := self.url_for(key)):
+            check_room(url, os.fstat(stream.fileno()).st_size)
+            return stream.read()
+
     def open(self, key: str) -> BinaryIO:
         with _telling("read", url := self.url_for(key)):
             return open_regular(url)
@@ -185,16 +193,19 @@ class FolderStore(Store):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return _entry(key, status)
 
-    def look(self, prefix: str = "", closed: str | None = None) -> Listing:
+    def look(self, prefix: str = "", closed: str | None = None, nothing: bool = False) -> Listing:
         below = checked_prefix(prefix).rpartition("/")[0]
         start, entries, faults = f"{below}/" if below else "", list[Entry](), list[tuple[str, str]]()
-        found = walk(Path(self.url, below), lambda name: closed is None or not f"{start}{name}".startswith(closed))
-        for one in found:
+        follows = lambda name: closed is None or not f"{start}{name}".startswith(closed)  # noqa: E731
+        for one in walk(Path(self.url, below), follows, nothing):
             key = f"{start}{one.name}" if one.name else below
             if one.status is None and (key.startswith(prefix) or prefix.startswith(key)):
                 faults.append((key, one.fault))
             elif one.status is not None and key.startswith(prefix) and not Path(key).name.startswith(_PARTIAL):
-                entries.append(_entry(key, one.status))
+                try:
+                    entries.append(_entry(key, one.status))
+                except OSError as error:
+                    faults.append((key, str(error.strerror)))
         return Listing(tuple(sorted(entries)), tuple(sorted(faults)))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -205,8 +216,9 @@ class FolderStore(Store):
 
     def partials(self) -> Iterator[Entry]:
         own = walk(Path(self.url), lambda _: False)  # what links lead to is not ours to discard
-        entries = (_entry(one.name, one.status) for one in own if one.status is not None)
-        return iter(sorted(entry for entry in entries if Path(entry.key).name.startswith(_PARTIAL)))
+        named = (one for one in own if one.status is not None and Path(one.name).name.startswith(_PARTIAL))
+        with _telling("list", self.url):
+            return iter(sorted(_entry(one.name, one.status) for one in named if one.status is not None))
 
     def discard(self, partial: Entry) -> None:
         path = Path(self.url) / partial.key
@@ -220,8 +232,17 @@ class FolderStore(Store):
             Path(url).unlink()
 
 
+def check_room(url: str, size: int) -> None:
+    """StoreError for an object that does not fit into the memory that is left."""
+    if size > _LARGE and (left := memory_left()) is not None and size > left:
+        raise StoreError(f"cannot read {url}: it has {size} bytes, and {left} of memory are left")
+
+
 def _entry(key: str, status: os.stat_result) -> Entry:
-    modified, arrived = (datetime.fromtimestamp(seconds, UTC) for seconds in (status.st_mtime, status.st_ctime))
+    try:
+        modified, arrived = (datetime.fromtimestamp(seconds, UTC) for seconds in (status.st_mtime, status.st_ctime))
+    except (ValueError, OverflowError, OSError) as error:
+        raise OSError(errno.EOVERFLOW, "its time lies outside of the years 1 to 9999") from error
     return Entry(key, status.st_size, modified, arrived)
 
 

@@ -41,7 +41,7 @@ def upload(folder: Path, store: Store, name: str) -> int:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise TesseraError(f"{name!r} is no name for an upload: letters, digits, dots and dashes; give one with --name")
     place, files = f"{INBOX}/{name}", _files(folder)
-    if zips := [key for key in files if key.endswith(".zip")]:
+    if zips := [key for key in files if key.lower().endswith(".zip")]:
         raise TesseraError(f"{folder / zips[0]}: unpack it first; zips are read from disks only")
     _claim(store, place, files)
     copy_files(files, store, place)

@@ -26,6 +26,9 @@ BROKEN = (
     Image.DecompressionBombError,
 )
 
+MOST_SCANS = 200
+"""Of a JPEG: a progressive one has some ten; each takes as long as a whole image, however few bytes it has."""
+_SCAN = b"\xff\xda"
 MOST_BYTES_A_PIXEL = 32
 """Of memory that reading one sample, whatever its image and masks hold, may take besides its files. A test holds it."""
 
@@ -52,6 +55,8 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """
     image = Image.open(io.BytesIO(data), formats=formats)
     check_pixels(*image.size)
+    if image.format in ("JPEG", "MPO") and (scans := data.count(_SCAN)) > MOST_SCANS:
+        raise ValueError(f"it has {scans} scans, at most {MOST_SCANS} are read")
     return image
 
 

@@ -1,5 +1,6 @@
 """Portable pixmaps and graymaps (PPM, PGM) with all their bits: Pillow keeps 8, one pixel of Python after another."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ from preprocessing.geometry import Size
 
 _CHANNELS = {b"P2": 1, b"P3": 3, b"P5": 1, b"P6": 3}
 _PLAIN = (b"P2", b"P3")
+_TOKEN = re.compile(rb"(?:\s+|#[^\r\n]*)*+([^\s#]\S*)")
+"""The next number, behind white space and comments, in one pass."""
 
 
 class Header(NamedTuple):
@@ -25,16 +28,9 @@ def read_header(data: bytes) -> Header:
     if data[:2] not in _CHANNELS:
         return Header((1 << 32) - 1 if data[:2] == b"Pf" else 1, 0)
     at, tokens = 2, list[bytes]()
-    while len(tokens) < 3 and at < len(data):
-        end = at
-        if data[at : at + 1] == b"#":
-            at = min((e for e in (data.find(b"\n", at), data.find(b"\r", at)) if e >= 0), default=len(data))
-            continue
-        while end < len(data) and not data[end : end + 1].isspace():
-            end += 1
-        if end > at:
-            tokens.append(data[at:end])
-        at = max(end, at + 1)
+    while len(tokens) < 3 and (found := _TOKEN.match(data, at)):
+        tokens.append(found[1])
+        at = found.end()
     if len(tokens) < 3 or not 0 < int(tokens[2]) < 1 << 16:
         raise ValueError("the largest value is not 1 to 65535")
     return Header(int(tokens[2]), at + 1)

@@ -71,7 +71,11 @@ class Tree:
         nor = f", nor {' nor '.join(others)}" if others else ""
         near = dict.fromkeys(path for each in (name, *others) for path in self._near(each))
         told = [self._told(path) for path in islice(near, _HINTS)] + self._broken[:_HINTS]
-        zips = [path for path in self._places if path.endswith(".zip") and (self._objects is not None or "/" in path)]
+        zips = [
+            path
+            for path in self._places
+            if path.lower().endswith(".zip") and (self._objects is not None or "/" in path)
+        ]
         if zips:
             why = "must be unpacked, zips are read from disks only" if self._objects else "is not looked into there"
             told.append(f"{', '.join(zips[:_HINTS])} {why}")

@@ -22,6 +22,7 @@ import numpy as np
 from infra.errors import TesseraError
 from infra.page import date, page
 from infra.store import open_store
+from infra.text import shown
 from infra.version import code_version
 from preprocessing.labels import LabelTable
 from preprocessing.layouts import LAYOUTS, read_index
@@ -248,11 +249,11 @@ def histogram(labels: LabelTable, findings: Findings) -> list[dict[str, Any]]:
 def to_text(split: str, labels: LabelTable, findings: Findings) -> str:
     """What the terminal shows of a split."""
     never = [c.name for i, c in enumerate(labels.categories) if not findings.segments[i]]
-    shown = f"; never: {', '.join(never[:8])}{', ...' if len(never) > 8 else ''}" if never else ""
+    names = ", ".join(map(shown, never[:8])) + (", ..." if len(never) > 8 else "")
     segments = sum(findings.segments.values())
     lines = [
         f"{split}: {findings.usable} of {findings.images + findings.rejected} samples can be used; {findings.extremes}",
-        f"  {len(labels) - len(never)} of {len(labels)} categories occur{shown}",
+        f"  {len(labels) - len(never)} of {len(labels)} categories occur" + (f"; never: {names}" if never else ""),
         f"  {segments} segments, {findings.crowds} of them crowds; {findings.void_share:.1%} of the pixels void",
     ]
     lines += [f"  {'warning' if usable else 'ERROR'} {n} x {kind}" for kind, usable, n in kinds(findings.defects)]

@@ -398,3 +398,26 @@ def test_a_run_of_another_version_is_refused(tmp_path, told):
     manifest.write_text(json.dumps(json.loads(manifest.read_text().replace('"records"', '"rows"'))))
     assert main([run, str(write(tmp_path / "in", {"a.jpg": np_noise()})), str(tmp_path / "out")]) == 2
     assert "manifest.json: lacks 'shards.0.records', as Tessera writes it" in told.text
+
+
+def test_a_png_that_was_cut_is_made_again_and_one_that_was_changed_gets_into_no_zip(run, tmp_path, told):
+    source = write(tmp_path / "in", {"1.jpg": encoded(scene(), "JPEG")})
+    listed = coco_list(tmp_path, {"./in/1.jpg": (30, 40)})
+    call = [run, str(source), str(tmp_path / "out"), "--images", listed]
+    assert main(call) == 0
+    (png,) = (tmp_path / "out").rglob("1.png")
+    whole = png.read_bytes()
+    png.write_bytes(whole[:30])
+    assert main(call) == 0
+    assert png.read_bytes() == whole
+    png.write_bytes(whole[:-1] + b"x")
+    assert main(call) == 1
+    assert f"{png}: damaged since it was written" in told.text
+
+
+def test_a_link_that_leads_nowhere_is_a_failure(run, tmp_path):
+    source = write(tmp_path / "in", {"1.jpg": encoded(scene(), "JPEG")})
+    (source / "2.jpg").symlink_to("/moved/away.jpg")
+    assert main([run, str(source), str(tmp_path / "out"), "--no-overlays"]) == 1
+    (failed,) = json.loads((tmp_path / "out/problems.json").read_text())["failed"]
+    assert failed == {"file_name": "2.jpg", "why": "a link that leads nowhere"}

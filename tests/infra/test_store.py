@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
-from infra.errors import NoSuchObject, TesseraError
+from infra.errors import NoSuchObject, StoreError, TesseraError
 from infra.seaweed import S3Server
-from infra.store import Store, open_store
+from infra.store import Store, _entry, open_store
 
 PAYLOAD = random.Random(0).randbytes(5_000_000)
 
@@ -361,3 +361,18 @@ def test_uploads_in_parts_that_nobody_ended_are_listed_apart_and_can_be_discarde
     for _ in range(2):
         s3_store.discard(left)
         assert not [*s3_store.partials()]
+
+
+def test_a_time_that_no_calendar_has_is_the_fault_of_its_object(tmp_path: Path):
+    """File systems keep what the kernel's limit leaves of it."""
+    store = open_store(str(tmp_path))
+    store.write("a", b"")
+    with pytest.raises(OSError, match="years 1 to 9999"):
+        _entry("a", os.stat_result((*(tmp_path / "a").stat()[:7], 0, 253402300800, 0)))
+
+
+def test_an_object_larger_than_the_memory_is_refused(tmp_path: Path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(StoreError, match=f"{tmp_path}/a: it has {1 << 42} bytes"):
+        open_store(str(tmp_path)).read("a")

@@ -97,3 +97,15 @@ def test_folders_full_of_links_to_each_other_are_listed_a_few_times_each(tmp_pat
     assert {f"{name}/file" for name in names} <= {each.name for each in found if each.status}
     assert {each.fault for each in found if each.fault} == {"links lead to this folder under more than 16 names"}
     assert len(found) < 5000
+
+
+def test_links_that_lead_nowhere_and_pipes_are_told_to_whoever_asks(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "moved").symlink_to("/moved/away")
+    os.mkfifo(tmp_path / "pipe")
+    assert [one.name for one in walking.walk(tmp_path)] == ["a"]
+    assert {one.name: one.fault for one in walking.walk(tmp_path, nothing=True)} == {
+        "a": "",
+        "moved": "a link that leads nowhere",
+        "pipe": "it is no regular file",
+    }

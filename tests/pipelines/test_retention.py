@@ -37,7 +37,7 @@ def test_it_lists_and_deletes_only_when_told_to(
 def test_what_it_cannot_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     open_store(str(tmp_path)).write("champion/000001.json", b"{")
     assert main([str(tmp_path), "--delete"]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/champion/000001.json: expected JSON: ")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/champion/000001.json: damaged, expected JSON")
 
 
 @pytest.mark.parametrize("days", ["-1", "nan", "inf", "soon"])

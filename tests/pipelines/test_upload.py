@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.champion import Champion, follow
+from evaluation.report import GroupPQ
 from infra.errors import TesseraError
 from infra.store import Store, open_store
 from pipelines import inbox as inbox_command
@@ -226,6 +227,9 @@ def test_an_upload_that_was_asked_for_twice_is_whole_once_both_have_ended(
     assert uploads(folder)[0].whole
 
 
+GROUPS: GroupPQ = {"all": 1.0, "things": None, "stuff": 1.0}
+
+
 def test_the_inbox_command_tells_what_the_champions_line_made_of_each_and_withdraws(
     folder: Store, data: Path, capsys: pytest.CaptureFixture
 ):
@@ -233,7 +237,7 @@ def test_the_inbox_command_tells_what_the_champions_line_made_of_each_and_withdr
     upload(data, folder, "a")
     assert inbox_command.main([folder.url]) == 0
     assert inbox_command.main([folder.url, "--withdraw", "a"]) == 1
-    assert follow(folder, Champion(1, "train/a", "evaluate/a", "evaluate/root", {"all": 1.0}, "given", None, ""))
+    assert follow(folder, Champion(1, "train/a", "evaluate/a", "evaluate/root", GROUPS, "given", None, ""))
     facts = {"shards": "precompute/f/s", "samples": 3, "known": 0, "rejected": (), "reason": None}
     decide(folder, "root", uploads(folder)[0], state="accepted", **facts)
     asked = ([], ["--withdraw", "a"], ["--withdraw", "a"])

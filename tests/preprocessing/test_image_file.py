@@ -1,5 +1,6 @@
 """One reader of images: the same pixels and the same verdict for every format, in training and for users."""
 
+import io
 import runpy
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from infra.errors import TesseraError
 from preprocessing import deep_image
 from preprocessing.image_file import read_image
 from preprocessing.layouts import read_index
+from preprocessing.pnm import read_header
 from preprocessing.sample import decode_image
 from tests.support.odd_images import chunk, deep_png, encoded, png, readable, scene, tiff, unreadable
 
@@ -245,3 +247,20 @@ def test_hidden_colours_are_hidden_from_training_too_and_told_of(made: Path):
     data = (made / "photos/cut.png").read_bytes()
     assert decode_image(data)[0, 0].tolist() == [255, 255, 255]
     np.testing.assert_array_equal(decode_image(data), read_for_users(data).rgb_HW3)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once():
+    """Each takes as long as a whole image: 80 kB took 9 s."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (3, 4, 5)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    assert read_image(data).rgb.size == (64, 64)
+    with pytest.raises(ValueError, match=r"scans, at most 200"):
+        read_image(data[:-2] + data[last:-2] * 4000 + data[-2:])
+
+
+def test_a_header_of_comments_is_read_in_one_pass():
+    assert read_header(b"P2\n" + b"#\n# 7\r" * 100_000 + b"2 2\n 255 0 1 2 3").most == 255
+    with pytest.raises(ValueError, match="largest value"):
+        read_header(b"P2\n" + b"#\n" * 100_000 + b"2 2 # 255")

@@ -99,7 +99,7 @@ DAMAGES = {
     "zeros at the end": lambda tar: tar[: len(tar) // 2] + bytes(len(tar) - len(tar) // 2),
     "one bit": lambda tar: tar[:700] + bytes([tar[700] ^ 1]) + tar[701:],
     "longer": lambda tar: tar + b"\0",
-    "no tar": lambda tar: b"<html>Sign in</html>",
+    "no tar": lambda tar: b"Sign in, please",
 }
 
 

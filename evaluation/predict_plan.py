@@ -14,9 +14,10 @@ from infra.errors import StoreError, TesseraError
 from infra.opening import check_size
 from infra.store import Entry, Store, open_store
 from infra.text import quoted
+from preprocessing.files import is_litter
 from preprocessing.geometry import Size
 from preprocessing.json_values import whole
-from preprocessing.source import BadSample, known_size
+from preprocessing.source import BadSample, known_id, known_size
 
 SCHEMA_VERSION = 1
 """Part of every record: raise it when the same weights and image would give another prediction."""
@@ -186,7 +187,7 @@ def _found(source: str, output: str) -> _Found:
         for e in entries
         if e.key in names
     ]
-    ignored = sorted(e.key for e in entries if e.key not in names and not _is_litter(e.key))
+    ignored = sorted(e.key for e in entries if e.key not in names and not is_litter(e.key))
     places = tuple(f"{root.url}/{place}".rstrip("/") for place in sorted(outputs))
     return _Found(root, items, tuple(ignored), places, tuple(Failure(*fault) for fault in listing.faults))
 
@@ -235,12 +236,6 @@ def _hidden(key: str) -> bool:
     return any(part.startswith(".") for part in key.split("/"))
 
 
-def _is_litter(key: str) -> bool:
-    """.DS_Store and Thumbs.db, and the ._photo.jpg that macOS leaves beside photo.jpg: nobody asks for these."""
-    name = PurePosixPath(key).name
-    return name in (".DS_Store", "Thumbs.db") or name.startswith("._") or "__MACOSX" in PurePosixPath(key).parts
-
-
 def _matched(entries: Sequence[Item], found: Sequence[Item], folder: str) -> tuple[list[Item], tuple[Failure, ...]]:
     """The list's entries with the versions of their files, and those that have none; folder: the input's name, which
     names in the list may have before them."""
@@ -280,7 +275,7 @@ def _listed(row: dict[str, Any]) -> Item:
     number, name = whole(row["id"]), row["file_name"]
     if number is None or not isinstance(name, str):
         raise BadSample(f"id {quoted(row['id'])} and file_name {quoted(name)}, expected an integer and a name")
-    return Item(name, "", number, known_size(row))
+    return Item(name, "", known_id(number), known_size(row))
 
 
 def claim(work: Work) -> None:

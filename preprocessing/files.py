@@ -135,6 +135,12 @@ class File:
         return _unpacked(container) if container else self.path
 
 
+def is_litter(name: str) -> bool:
+    """.DS_Store and Thumbs.db, and the ._photo.jpg that macOS leaves beside photo.jpg: nobody asks for these."""
+    path = PurePosixPath(name)
+    return path.name in (".DS_Store", "Thumbs.db") or path.name.startswith("._") or "__MACOSX" in path.parts
+
+
 def leads_outside(name: str) -> bool:
     """Whether a file's name, as annotations have it, is of no file below the folder that it is to lie in."""
     return name.startswith("/") or ".." in name.split("/")

@@ -13,7 +13,7 @@ from typing import TypeVar
 from infra.errors import TesseraError
 from infra.store import open_store
 from infra.walking import walk
-from preprocessing.files import S3, File, list_zip
+from preprocessing.files import S3, File, is_litter, list_zip
 
 _HINTS = 3
 """Of what is near to a missing name, so many are named."""
@@ -57,11 +57,11 @@ class Tree:
     def folder(self, *names: str) -> "Folder | None":
         """The first folder of these names: on disk or the store, inside a zip at the root, or as `<name>.zip`.
 
-        An empty one only if there is no other.
+        One without files, or with litter alone, only if there is no other.
         """
         empty = None
         for found in self._found(self._folder, names):
-            if found.files:
+            if not all(map(is_litter, found.files)):
                 return found
             empty = empty or found
         return empty

@@ -415,6 +415,17 @@ def test_a_png_that_was_cut_is_made_again_and_one_that_was_changed_gets_into_no_
     assert f"{png}: damaged since it was written" in told.text
 
 
+@pytest.mark.parametrize("number", [-1, 1 << 63, "7", True, 1.5])
+def test_a_list_with_ids_that_are_none_is_refused(run, tmp_path, told, number):
+    source = write(tmp_path / "in", {"1.jpg": encoded(scene(), "JPEG")})
+    listed = Path(coco_list(tmp_path, {"1.jpg": (30, 40)}))
+    content = json.loads(listed.read_text())
+    content["images"][0]["id"] = number
+    listed.write_text(json.dumps(content))
+    assert main([run, str(source), str(tmp_path / "out"), "--images", str(listed)]) == 2
+    assert "no list of images" in told.text
+
+
 def test_a_link_that_leads_nowhere_is_a_failure(run, tmp_path):
     source = write(tmp_path / "in", {"1.jpg": encoded(scene(), "JPEG")})
     (source / "2.jpg").symlink_to("/moved/away.jpg")

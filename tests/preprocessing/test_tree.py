@@ -76,6 +76,11 @@ LAYOUTS: dict[str, Callable[[CocoFolder], object]] = {
         move(coco, "train2017", "images/train2017"),
         coco.images.mkdir(),
     ),
+    "litter in its place": lambda coco: (
+        move(coco, "train2017", "images/train2017"),
+        coco.images.mkdir(),
+        (coco.images / ".DS_Store").write_bytes(b"x"),
+    ),
     "one folder deeper": into_top_folder,
     "one folder deeper in a zip": lambda coco: zipped(coco, top="COCO2017/"),
     "names in the zip from the root": lambda coco: zipped(coco, top="/"),

@@ -188,7 +188,7 @@ def _(folder: Path) -> None:
     raise TesseraError(f"{failure.file_name}: {failure.why}")
 
 
-@case("predict-pipe", "photos: no such file, nor a folder with any")
+@case("predict-pipe", r"photos: no images found; x\.jpg: it is no regular file")
 def _(folder: Path) -> None:
     (folder / "photos").mkdir()
     os.mkfifo(folder / "photos/x.jpg")

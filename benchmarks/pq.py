@@ -30,6 +30,7 @@ from evaluation.pq import PQStats, compare
 from preprocessing import rgb_ids
 from preprocessing.labels import Category, LabelTable
 from preprocessing.panoptic_map import PanopticMap, Segment
+from preprocessing.tree import Folder
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # before hotcoco starts its threads
 try:
@@ -60,7 +61,8 @@ class Case:
         return self.theirs_from_png()
 
     def ours_from_png(self) -> PQStats:
-        truth, prediction = (read_entry(rows, self.folder, self.folder, LABELS) for rows in self.annotations)
+        pngs = Folder.on_disk(str(self.folder))
+        truth, prediction = (read_entry(rows, self.folder, pngs, LABELS) for rows in self.annotations)
         return score_image(truth, prediction, len(LABELS))
 
     def theirs_from_png(self) -> PQStat:

@@ -5,7 +5,6 @@ nothing that a terminal or a reader of logs acts upon, and of bounded length.
 """
 
 import re
-from html import escape
 
 NAME = 200
 """Characters that a name, an id or a value of theirs may take."""
@@ -43,8 +42,3 @@ def sentence(text: object) -> str:
 def markdown(value: object, most: int = NAME) -> str:
     """As `shown`, for Markdown: no character of it formats, links, embeds or ends a table's cell."""
     return _MARKDOWN.sub(r"\\\1", shown(value, most))
-
-
-def html(value: object, most: int = NAME) -> str:
-    """As `shown`, for a text or an attribute of HTML that no template escapes."""
-    return escape(shown(value, most))

@@ -10,16 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from panopticapi.evaluation import pq_compute_single_core
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 from evaluation import predict_files
 from evaluation.images import read_image
 from evaluation.predict import Predictor
-from evaluation.predict_plan import png_name
 from infra.errors import TesseraError
 from infra.store import open_store
 from pipelines.predict import main
@@ -27,6 +22,7 @@ from preprocessing.labels import LabelTable
 from preprocessing.sample import decode_image
 from tests.support.finished_run import finished_run
 from tests.support.odd_images import encoded, readable, rotated_jpeg, scene, unreadable, write
+from tests.support.predicted import check_listing
 from training.methods.base import Method
 from training.run import open_run
 
@@ -51,26 +47,6 @@ def told(caplog, monkeypatch):
 def predictor_of(run: str, device: str | None = "cpu") -> Predictor:
     storage, _, name = run.rpartition("/train/")
     return Predictor.load(storage, f"train/{name}", device)
-
-
-def check_listing(output: Path, name: str = "predictions") -> dict:
-    """The JSON, once every id is in the PNG and the other way round, and the panoptic API agrees."""
-    listing = json.loads((output / f"{name}.json").read_text())
-    categories = {c["id"]: c for c in listing["categories"]}
-    for image, entry in zip(listing["images"], listing["annotations"], strict=True):
-        assert entry["image_id"] == image["id"]
-        with Image.open(output / name / entry["file_name"]) as png:
-            assert (png.mode, png.size) == ("RGB", (image["width"], image["height"]))
-            ids_HW = rgb2id(np.asarray(png))
-        found, counts = np.unique(ids_HW[ids_HW > 0], return_counts=True)
-        areas = {segment["id"]: segment["area"] for segment in entry["segments_info"]}
-        assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == areas
-    pairs = [(entry, entry) for entry in listing["annotations"]]
-    stat = pq_compute_single_core(0, pairs, str(output / name), str(output / name), categories)
-    segments = sum(len(entry["segments_info"]) for entry in listing["annotations"])
-    assert sum(stat[i].tp for i in categories) == segments
-    assert not sum(stat[i].fp + stat[i].fn for i in categories)
-    return listing
 
 
 def test_three_lines_of_python(run):
@@ -241,17 +217,6 @@ def test_an_image_whose_name_has_no_place_is_lost_alone(run, tmp_path):
         "a.jpg.json/b.jpg",
     } - done
     assert len(done) == 2  # of two of which one is the folder of the other, one is done
-
-
-names = st.lists(st.text("ab", min_size=1, max_size=2), min_size=1, max_size=3).map(".".join)
-endings = st.sampled_from([".jpg", ".png", ".PNG", ".tif", ".jpeg"])
-
-
-@given(st.sets(st.builds(str.__add__, names, endings), min_size=1, max_size=8))
-def test_no_two_images_share_a_png(images):
-    pngs = {image: png_name(image, images.__contains__) for image in images}
-    assert len({*pngs.values()}) == len(images)
-    assert all(png == image for image, png in pngs.items() if image.endswith(".png"))
 
 
 def test_what_cannot_begin_is_refused_and_leaves_nothing(run, tmp_path, told):

@@ -1,6 +1,7 @@
 """The flow retrain without server, Ray and training: what replaces them, and what a test asks of a store."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from training.recipe import Recipe
 STEPS = ("check_job", "look", "check_recipe", "take_in_uploads", "begin_round", "train_challenger", "settle_round")
 Skill = Callable[[Recipe, ShardSet], int]
 State = dict[str, object]
+DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
+"""When a page was written, to the minute."""
 
 
 class Stage:
@@ -83,6 +86,8 @@ def everything(store: Store) -> State:
         data: object = store.read(entry.key)
         if entry.key.startswith(("uploads/", "champion/")):
             data = {k: v for k, v in json.loads(data).items() if k != "time"}
+        if entry.key.endswith(".html"):
+            data = DATE.sub("", data.decode())
         found[entry.key] = data
     return found
 

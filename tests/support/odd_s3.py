@@ -62,9 +62,10 @@ class _Answers(BaseHTTPRequestHandler):
 
     def page(self) -> bool:
         """Whether a proxy's page was answered in the place of everything."""
-        if "page" in self.server.odd:
+        odd = "page" in self.server.odd  # once: a test changes it as soon as it has the answer
+        if odd:
             self.answer(200, LOGIN, Content_Type="text/html; charset=utf-8")
-        return "page" in self.server.odd
+        return odd
 
     def do_PUT(self) -> None:
         body, conditional = self.rfile.read(int(self.headers["Content-Length"])), "If-None-Match" in self.headers
